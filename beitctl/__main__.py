@@ -1,0 +1,5 @@
+"""``python -m beitctl``, which torchrun needs."""
+
+from beitctl.cli import main
+
+main()

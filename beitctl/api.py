@@ -1,0 +1,282 @@
+"""What plugins are: a frozen pydantic model each, and the protocols that the core calls.
+
+A plugin's fields are its table in a recipe, its docstring is its help, its methods are what it does.
+Nothing here imports torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from beitctl import registry
+from beitctl.errors import PluginError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from beitctl.config import ModelConfig
+
+
+class Plugin(BaseModel):
+    """Base of every plugin: frozen, unknown keys are errors, field docstrings are the help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Marks a field whose table names a plugin: ``{ kind = "name", ... }``."""
+
+    group: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Validate a table by the class that its ``kind`` names; a plugin object passes as it is."""
+        return core_schema.no_info_plain_validator_function(
+            self._validate, serialization=core_schema.plain_serializer_function_ser_schema(self._dump)
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Any installed plugin of the group, told apart by its ``kind``."""
+        choices = []
+        for name in registry.names(self.group):
+            try:
+                found = registry.get(self.group, name).model_json_schema()
+            except PluginError:
+                continue  # a broken plugin cannot be offered to the editor
+            found["properties"] = {"kind": {"const": name}} | found.get("properties", {})
+            found["required"] = ["kind", *found.get("required", [])]
+            choices.append(found)
+        return {"anyOf": choices} if choices else {"type": "object"}
+
+    def _validate(self, value: Any) -> Any:
+        if isinstance(value, Plugin):
+            return value
+        noun = self.group.rpartition(".")[2].removesuffix("s")
+        if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+            raise PydanticCustomError(
+                "kind_missing",
+                "expected a table with kind = one of {names}, which names the {noun}",
+                {"names": ", ".join(registry.names(self.group)), "noun": noun},
+            )
+        try:
+            plugin = registry.get(self.group, value["kind"])
+        except PluginError as error:
+            raise PydanticCustomError("kind_unknown", "{text}", {"text": str(error)}) from error
+        return plugin.model_validate({key: item for key, item in value.items() if key != "kind"})
+
+    def _dump(self, value: Any) -> dict[str, Any]:
+        matching = [n for n in registry.names(self.group) if registry.get(self.group, n) is type(value)]
+        return {"kind": matching[0] if matching else type(value).__name__, **value.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One raw item of a source; what it has not is None or empty."""
+
+    id: str
+    """Unique within the source, and stable: token stores and logs refer to it."""
+    image: bytes | Path | None = None
+    """An encoded picture, or the path of one."""
+    captions: tuple[str, ...] = ()
+    """Sentences that describe the picture."""
+    text: str | None = None
+    """A piece of prose."""
+    label: str | None = None
+    """Name of the class."""
+
+
+class Examples(Protocol):
+    """An opened source: raw examples by index."""
+
+    fingerprint: str
+    """Hash of what is in it; changes when the data change."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Source(Protocol):
+    """Yields raw examples by index."""
+
+    def open(self) -> Examples: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """One example made ready for the model by a task; arrays live on the host."""
+
+    image: "np.ndarray[Any, Any] | None" = None
+    """(3, H, W) uint8."""
+    text: "np.ndarray[Any, Any] | None" = None
+    """(S,) int64 ids, special tokens included, no padding."""
+    image_mask: "np.ndarray[Any, Any] | None" = None
+    """(N,) bool, True where the patch is replaced by the mask token."""
+    patch_targets: "np.ndarray[Any, Any] | None" = None
+    """(N,) int64, -1 where nothing is predicted."""
+    text_targets: "np.ndarray[Any, Any] | None" = None
+    """(S,) int64, -1 where nothing is predicted."""
+    label: int = -1
+    """Class index."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What tasks prepare items with."""
+
+    model: "ModelConfig"
+    tokenizer: "TextTokenizer | None" = None
+    tokens: "TokenViews | None" = None
+    labels: tuple[str, ...] = ()
+    train: bool = True
+    """Whether crops and captions are drawn at random (training) or fixed (evaluation)."""
+    pictures: Any = None
+    """A ``beitctl.data.images.Pictures``, which decodes and crops."""
+
+
+class Task(Protocol):
+    """A loss and a metric on the shared model, with its own heads."""
+
+    layout: ClassVar[Literal["image", "text", "pair", "dual"]]
+    """Which sequences an item becomes: one of pictures, of text, of both joined, or one of each apart."""
+
+    def heads(self, tools: Tools) -> "dict[str, nn.Module]":
+        """Heads by name; tasks that return the same name share one."""
+        ...
+
+    def prepare(self, example: Example, draw: "np.random.Generator", tools: Tools) -> Item:
+        """Make one example ready; all randomness comes from ``draw``."""
+        ...
+
+    def terms(self) -> tuple[str, ...]:
+        """Names of the loss terms, the first is the headline."""
+        ...
+
+    def loss(self, rows: "torch.Tensor", group: Any, heads: "Mapping[str, nn.Module]") -> "dict[str, Any]":
+        """Loss terms of this task's group of the batch: a ``Term`` per name."""
+        ...
+
+
+class TextTokenizer(Protocol):
+    """Text to ids in the XLM-R layout: <s> 0, <pad> 1, </s> 2, <unk> 3, pieces from 4, <mask> last."""
+
+    size: int
+    """Number of ids."""
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class ImageTokenizer(Protocol):
+    """Pixels to ids."""
+
+    codes: int
+    """Number of codes."""
+    grid: int
+    """Codes along one side of a picture."""
+    image_px: int
+    """Side of the picture it reads, in pixels."""
+    fingerprint: str
+
+    def encode(self, images: "torch.Tensor") -> "torch.Tensor":
+        """(B, 3, H, W) uint8 to (B, grid * grid) int64."""
+        ...
+
+
+class TokenViews(Protocol):
+    """A token store: codes of fixed views of pictures."""
+
+    views: int
+    codes: int
+    grid: int
+
+    def view(self, id: str, number: int) -> tuple[Any, "np.ndarray[Any, Any]"]:
+        """Crop and codes of one view."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """A tokenizer that can be trained, and loaded from the folder where it was."""
+
+    def train(self, sources: Sequence[Source], job: "Job") -> Mapping[str, Any]: ...
+    def plan(self) -> Mapping[str, Any]: ...
+    @classmethod
+    def load(cls, folder: Path) -> Any: ...
+
+
+class Log(Protocol):
+    """Where a stage writes what happens; only rank 0 writes."""
+
+    def step(self, step: int, of: int, metrics: Mapping[str, float]) -> None: ...
+    def evaluation(self, name: str, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def checkpoint(self, step: int, path: Path, seconds: float) -> None: ...
+    def figure(self, name: str, png: bytes, title: str, caption: str) -> None: ...
+    def table(self, name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
+    def note(self, message: str) -> None: ...
+    def warning(self, code: str, message: str, fix: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a stage works; made by the command line."""
+
+    folder: Path
+    """The run folder."""
+    log: Log
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    """Run folder of every stage that the table refers to, by its reference such as ``@pretrain``."""
+    resume: bool = True
+    """Whether a checkpoint in the folder is continued."""
+
+    def path(self, value: str) -> Path:
+        """Path that a setting means: the run folder behind an ``@reference``, or the path itself.
+
+        Raises:
+            UserError: the path does not exist.
+        """
+        if value.startswith("@"):
+            return self.inputs[value]
+        path = Path(value).expanduser()
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        return path
+
+
+class Stage(Protocol):
+    """One command. Its module must import without torch."""
+
+    def plan(self) -> Mapping[str, Any]:
+        """What a run would do, without doing it: printed by --dry-run."""
+        ...
+
+    def run(self, job: Job) -> Mapping[str, Any]:
+        """Do it; the returned numbers go to the manifest and the summary."""
+        ...
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self: ...
+
+
+TaskField = Annotated[Task, Kind("beitctl.tasks")]
+SourceField = Annotated[Source, Kind("beitctl.sources")]
+TokenizerField = Annotated[Tokenizer, Kind("beitctl.tokenizers")]
+
+
+class Teacher(Protocol):
+    """A frozen network whose features an image tokenizer learns to reconstruct."""
+
+    def open(self, grid: int) -> Any:
+        """A module: (B, 3, H, W) float in [0, 1] to features (B, grid * grid, D)."""
+        ...
+
+
+TeacherField = Annotated[Teacher, Kind("beitctl.teachers")]

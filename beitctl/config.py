@@ -1,0 +1,155 @@
+"""Settings of the model and of the training loop; standard library only, so that the engine needs no more.
+
+The classes are plain dataclasses that pydantic reads from a recipe table: unknown keys are errors there.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+STRICT: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Multiway Transformer (BEiT-3, arXiv:2208.10442)."""
+
+    __pydantic_config__ = STRICT
+
+    layers: int
+    """Number of blocks."""
+    width: int
+    """Width d of the residual stream."""
+    heads: int
+    """Attention heads; ``width`` must be a multiple."""
+    ffn: int
+    """Inner width of every expert FFN."""
+    image_px: int = 224
+    """Side of the square input picture in pixels."""
+    patch_px: int = 16
+    """Side of a patch in pixels; ``image_px`` must be a multiple."""
+    channels: int = 3
+    """Channels of the input picture."""
+    vocabulary: int = 0
+    """Rows of the text embedding; 0 builds a model without a language branch."""
+    text_tokens: int = 0
+    """Longest text in tokens, special tokens included; at least 2 with a language branch."""
+    attention: Literal["shared", "decoupled"] = "shared"
+    """``shared``: one set of projections (paper); ``decoupled``: one per modality (released base and large)."""
+    fusion_layers: int = 0
+    """Top layers with vision-language experts for pairs (paper: 3; released models: 0)."""
+    norm: Literal["pre", "sub"] = "sub"
+    """``sub`` adds the two inner LayerNorms of Magneto, before the output projection and before fc2."""
+    key_bias: bool = True
+    """Whether keys have a bias (BEiT-1, BEiT v2 and VLMo: no)."""
+    norm_eps: float = 1e-5
+    """Epsilon of every LayerNorm."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block; it grows linearly from 0 in the first."""
+    init: Literal["beit", "magneto", "released"] = "magneto"
+    """Initialisation, see ``beitctl.model.init``."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "ffn", "image_px", "patch_px", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        if self.image_px % self.patch_px:
+            raise ValueError(f"image_px ({self.image_px}) must be a multiple of patch_px ({self.patch_px})")
+        if not 0 <= self.fusion_layers <= self.layers:
+            raise ValueError(f"fusion_layers ({self.fusion_layers}) must lie in 0..layers ({self.layers})")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path ({self.drop_path}) must be at least 0 and below 1")
+        if self.vocabulary < 0 or self.text_tokens < 0:
+            raise ValueError("vocabulary and text_tokens must not be negative")
+        if self.vocabulary and self.text_tokens < 2:
+            raise ValueError(f"text_tokens ({self.text_tokens}) must be at least 2: <s> and </s> take two")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_px // self.patch_px
+
+    @property
+    def patches(self) -> int:
+        """Patches N of a picture; a picture takes N + 1 tokens, with the class token."""
+        return self.grid * self.grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its schedule and the gradient clip."""
+
+    __pydantic_config__ = STRICT
+
+    peak_lr: float
+    """Highest learning rate, reached at the end of the warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; 1-D tensors, class token and vision positions are exempt."""
+    clip_norm: float = 0.0
+    """Largest global gradient norm; 0 does not clip."""
+    layer_decay: float = 1.0
+    """Learning-rate factor from one block to the one below it; 1 switches it off."""
+
+    def __post_init__(self) -> None:
+        if self.peak_lr <= 0:
+            raise ValueError(f"peak_lr ({self.peak_lr}) must be positive")
+        if not 0 <= self.min_lr <= self.peak_lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must lie in 0..peak_lr ({self.peak_lr})")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas ({self.betas}) must be at least 0 and below 1")
+        if self.weight_decay < 0 or self.clip_norm < 0:
+            raise ValueError("weight_decay and clip_norm must not be negative")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay ({self.layer_decay}) must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop: how long, how precise, how often to save and log."""
+
+    __pydantic_config__ = STRICT
+
+    steps: int
+    """Optimizer steps."""
+    optim: OptimConfig
+    """Optimizer and schedule."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute type; ``auto`` is bf16 where the hardware multiplies it natively, else fp32."""
+    micro_samples: int = 0
+    """Most samples in one forward pass on one device; more are accumulated. 0: no limit."""
+    seed: int = 0
+    """Seed of initial weights, order, crops, masks and stochastic depth."""
+    save_every_steps: int = 1000
+    """Steps between checkpoints; one is also written at the end and when the run is stopped."""
+    save_every_minutes: float = 15.0
+    """A checkpoint is also written after this much time."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep."""
+    log_every_steps: int = 10
+    """Steps between log records."""
+    max_minutes: float = 0.0
+    """Stop politely (exit 75) after this much time in one run; 0: no limit."""
+    workers: int = 0
+    """Data-loading processes per rank; 0 loads in the main process."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "keep_checkpoints", "log_every_steps", "save_every_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.save_every_minutes <= 0:
+            raise ValueError(f"save_every_minutes ({self.save_every_minutes}) must be positive")
+        if self.micro_samples < 0 or self.workers < 0 or self.max_minutes < 0 or self.seed < 0:
+            raise ValueError("micro_samples, workers, max_minutes and seed must not be negative")
+        if self.optim.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.steps})")

@@ -1,0 +1,1 @@
+"""The one training loop: sharding, optimizer, checkpoints, guards."""

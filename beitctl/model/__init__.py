@@ -1,0 +1,1 @@
+"""The Multiway Transformer: its batch plan, blocks, attention and initial weights."""

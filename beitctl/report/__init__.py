@@ -1,0 +1,1 @@
+"""What a run shows: events, the progress line, the HTML page."""

@@ -1,0 +1,1 @@
+"""The stages, tasks, sources and tokenizers that come with beitctl."""

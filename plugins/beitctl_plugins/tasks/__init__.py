@@ -1,0 +1,1 @@
+"""Losses on the shared model, each with its heads."""
