@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from beitctl.config import ModelConfig
+    from beitctl.data.batch import Group
 
 
 class Plugin(BaseModel):
@@ -142,6 +143,15 @@ class Tools:
     """A ``beitctl.data.images.Pictures``, which decodes and crops."""
 
 
+@dataclass(frozen=True)
+class Term:
+    """One summand of a task's loss: sum / global count * weight."""
+
+    unit: Literal["patch", "text", "sample"]
+    """What is counted: predicted patches, predicted text tokens, or samples."""
+    weight: float = 1.0
+
+
 class Task(Protocol):
     """A loss and a metric on the shared model, with its own heads."""
 
@@ -156,12 +166,17 @@ class Task(Protocol):
         """Make one example ready; all randomness comes from ``draw``."""
         ...
 
-    def terms(self) -> tuple[str, ...]:
-        """Names of the loss terms, the first is the headline."""
+    def terms(self) -> Mapping[str, Term]:
+        """Loss terms by name, ``""`` for the headline; what each is averaged over, and its weight."""
         ...
 
-    def loss(self, rows: "torch.Tensor", group: Any, heads: "Mapping[str, nn.Module]") -> "dict[str, Any]":
-        """Loss terms of this task's group of the batch: a ``Term`` per name."""
+    def loss(
+        self, rows: "torch.Tensor", group: "Group", heads: "Mapping[str, nn.Module]"
+    ) -> "dict[str, tuple[torch.Tensor, torch.Tensor]]":
+        """Per term the sum of its losses over this batch, and the number of right predictions (0-d both).
+
+        ``rows`` is the encoded batch X [T, d]; ``group`` says which rows belong to this task.
+        """
         ...
 
 

@@ -140,6 +140,8 @@ class TrainConfig:
     """Steps between log records."""
     max_minutes: float = 0.0
     """Stop politely (exit 75) after this much time in one run; 0: no limit."""
+    max_bad_share: float = 0.001
+    """Share of a source's examples that may be unreadable; one always may."""
     workers: int = 0
     """Data-loading processes per rank; 0 loads in the main process."""
 

@@ -1,0 +1,186 @@
+"""Items to one packed batch: rows, targets and counts of every objective.
+
+Letters as in ``beitctl.model.plan``: P tokens of a picture, N patches, T rows of the packed buffer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from beitctl.model.plan import BatchPlan, plan_of
+
+if TYPE_CHECKING:
+    from beitctl.api import Item
+
+LAYOUTS = ("image", "text", "pair", "dual")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of the packed buffer that belong to one objective, and what they should predict."""
+
+    picture_rows: Tensor
+    """(n, P) rows of every picture, class token first."""
+    text_first: Tensor
+    """(n,) row of the first token of every text."""
+    patch_rows: Tensor
+    """(m,) rows of the predicted patches."""
+    patch_targets: Tensor
+    """(m,) their codes."""
+    text_rows: Tensor
+    """(m',) rows of the predicted text tokens."""
+    text_targets: Tensor
+    """(m',) their ids."""
+    labels: Tensor
+    """(n,) class indices, -1 without."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of predictions by unit."""
+        return {
+            "patch": len(self.patch_targets),
+            "text": len(self.text_targets),
+            "sample": len(self.labels),
+        }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass worth of data."""
+
+    plan: BatchPlan
+    pixels: Tensor
+    """(pictures, 3, H, W) uint8."""
+    image_mask: Tensor
+    """(pictures, N) bool."""
+    ids: Tensor
+    """(text rows,) int64."""
+    groups: Mapping[str, Group]
+    keep: Tensor | None
+    """(layers, 2, S) float32, or None without stochastic depth."""
+    samples: tuple[str, ...] = ()
+    """``objective/id`` of every sample, in order."""
+    problems: tuple[tuple[str, str], ...] = ()
+    """Examples that could not be read, and why; substitutes stand in their place."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        groups = {
+            name: Group(**{key: move(item) for key, item in vars(group).items()})
+            for name, group in self.groups.items()
+        }
+        return replace(
+            self, **{key: move(item) for key, item in vars(self).items() if key != "groups"}, groups=groups
+        )
+
+
+@dataclass(frozen=True)
+class Portion:
+    """The items of one objective in a batch, all of one layout."""
+
+    name: str
+    layout: str
+    items: "Sequence[Item]"
+    keep: np.ndarray[Any, Any] | None = None
+    """(sequences of the items, layers, 2) float32."""
+
+
+def collate(portions: Sequence[Portion], image_px: int, patch_px: int) -> Batch:
+    """Pack the items of all objectives into one batch."""
+    grid = image_px // patch_px
+    order = {layout: [p for p in portions if p.layout == layout] for layout in LAYOUTS}
+    alone = order["image"] + order["dual"]
+    texts = order["text"] + order["dual"]
+    plan = plan_of(
+        grid * grid + 1,
+        sum(len(p.items) for p in alone),
+        [len(_text(item)) for p in order["pair"] for item in p.items],
+        [len(_text(item)) for p in texts for item in p.items],
+    )
+    pictured = alone + order["pair"]
+    written = order["pair"] + texts
+    firsts = (_offsets(pictured), _offsets(written))
+    return Batch(
+        plan=plan,
+        pixels=_stack([item.image for p in pictured for item in p.items], (3, image_px, image_px), np.uint8),
+        image_mask=_stack(
+            [_mask(item, grid * grid) for p in pictured for item in p.items], (grid * grid,), np.bool_
+        ),
+        ids=_flat([_text(item) for p in written for item in p.items]),
+        groups={p.name: _group(p, plan, firsts) for p in portions},
+        keep=_keep(alone, order["pair"], texts),
+    )
+
+
+def _offsets(portions: Sequence[Portion]) -> dict[str, int]:
+    """Number of sequences of a kind that stand before each portion."""
+    found, total = {}, 0
+    for portion in portions:
+        found[portion.name] = total
+        total += len(portion.items)
+    return found
+
+
+def _group(portion: Portion, plan: BatchPlan, firsts: tuple[dict[str, int], dict[str, int]]) -> Group:
+    items, pictures, texts = portion.items, firsts[0].get(portion.name), firsts[1].get(portion.name)
+    picture_rows = np.zeros((0, plan.picture_tokens), np.int64)
+    starts = np.zeros(0, np.int64)
+    if pictures is not None:
+        picture_rows = plan.image_rows(pictures, len(items))
+    if texts is not None:
+        starts = plan.text_starts[texts : texts + len(items)]
+    patch_rows, patch_targets = _targets([i.patch_targets for i in items], picture_rows[:, 1:2].ravel())
+    text_rows, text_targets = _targets([i.text_targets for i in items], starts)
+    return Group(
+        picture_rows=torch.from_numpy(picture_rows),
+        text_first=torch.from_numpy(starts.copy()),
+        patch_rows=patch_rows,
+        patch_targets=patch_targets,
+        text_rows=text_rows,
+        text_targets=text_targets,
+        labels=torch.tensor([item.label for item in items], dtype=torch.int64),
+    )
+
+
+def _targets(targets: Sequence[Any], starts: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+    """Rows and values of all targets that are not -1, given the row of each item's first target."""
+    rows, values = [], []
+    for start, target in zip(starts, targets, strict=False):
+        if target is None:
+            continue
+        chosen = np.flatnonzero(target >= 0)
+        rows.append(start + chosen)
+        values.append(target[chosen])
+    return _flat(rows), _flat(values)
+
+
+def _flat(parts: Sequence[Any]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))
+
+
+def _stack(arrays: Sequence[Any], shape: tuple[int, ...], kind: Any) -> Tensor:
+    return torch.from_numpy(np.stack(arrays) if arrays else np.zeros((0, *shape), kind))
+
+
+def _mask(item: "Item", patches: int) -> Any:
+    return np.zeros(patches, np.bool_) if item.image_mask is None else item.image_mask
+
+
+def _text(item: "Item") -> Any:
+    return np.zeros(0, np.int64) if item.text is None else item.text
+
+
+def _keep(alone: Sequence[Portion], pairs: Sequence[Portion], texts: Sequence[Portion]) -> Tensor | None:
+    """Scales of all sequences in the order of the plan; the text of a ``dual`` item shares its picture's."""
+    parts = [p.keep for p in [*alone, *pairs, *texts] if p.keep is not None]
+    if not parts:
+        return None
+    return torch.from_numpy(np.ascontiguousarray(np.concatenate(parts).transpose(1, 2, 0)))

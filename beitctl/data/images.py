@@ -1,0 +1,242 @@
+"""Pictures: from the bytes of a file to (3, px, px) uint8, by way of a crop that can be written down.
+
+The same crop drawn at two sizes shows the same part of the picture, so the tokenizer and the model can look
+at one view each.
+"""
+
+import io
+import logging
+import math
+import struct
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+
+from beitctl.errors import DataError
+
+MEAN_STD = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation per channel, for pictures in 0..1."""
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs comes as a DataError
+
+FAULTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's decoders raise on broken files."""
+
+ORIENTATION = 0x0112
+"""EXIF tag; values 5 to 8 swap width and height."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of a picture in source pixels, and what is done to it; factors of 1 change nothing."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+    """Whether left and right are swapped."""
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+
+
+def random_crop(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    jitter: float = 0.0,
+) -> Crop:
+    """Part of a picture with random area, aspect, place, flip and colours (Inception's crop).
+
+    Args:
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        rng: the source of all randomness.
+        scale: smallest and largest share of the picture's area.
+        ratio: smallest and largest width / height; drawn log-uniformly.
+        flip: probability of a flip.
+        jitter: brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter.
+    """
+    top, left, h, w = _random_box(width, height, rng, scale, ratio)
+    flipped = bool(rng.random() < flip)
+    if not jitter:
+        return Crop(top, left, h, w, flipped)
+    brightness, contrast, saturation = (float(f) for f in rng.uniform(max(0, 1 - jitter), 1 + jitter, 3))
+    return Crop(top, left, h, w, flipped, brightness, contrast, saturation)
+
+
+def _random_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random box; the largest centred one that fits after ten misses."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def centre_crop(width: int, height: int) -> Crop:
+    """Largest square in the middle of a picture."""
+    side = min(width, height)
+    return Crop((height - side) // 2, (width - side) // 2, side, side)
+
+
+class Pictures:
+    """Opens and crops pictures; keeps the last decoded ones, if it has room. One per process."""
+
+    def __init__(self, max_pixels: int = 64_000_000, cache_mib: float = 0) -> None:
+        self.max_pixels = max_pixels
+        self.cache_bytes = int(cache_mib * 2**20)
+        self._kept: OrderedDict[bytes | Path, Image.Image] = OrderedDict()
+        self._kept_bytes = 0
+
+    def open(self, image: bytes | Path, key: str | None = None) -> Image.Image:
+        """Decode a picture to RGB: upright, first frame, transparent parts over white. Do not change it.
+
+        Args:
+            image: an encoded picture, or the path of one.
+            key: its id, for messages.
+
+        Raises:
+            DataError: it cannot be read, is no picture, is cut off, or has more than ``max_pixels``.
+        """
+        if image in self._kept:
+            self._kept.move_to_end(image)
+            return self._kept[image]
+        with self._header(image, key) as found:
+            found.load()
+            picture = _to_rgb(ImageOps.exif_transpose(found))
+        self._keep(image, picture)
+        return picture
+
+    def size(self, image: bytes | Path, key: str | None = None) -> tuple[int, int]:
+        """Width and height in pixels of a picture as ``open`` gives it, from the header alone.
+
+        Raises:
+            DataError: it cannot be read, is no picture, or has more than ``max_pixels``.
+        """
+        with self._header(image, key) as found:
+            width, height = found.size
+            upright = found.format == "TIFF"  # there Pillow has swapped them already
+            turned = not upright and found.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            return (height, width) if turned else (width, height)
+
+    def crop(self, image: Image.Image, crop: Crop, px: int) -> NDArray[np.uint8]:
+        """Part of an RGB picture, (3, px, px) uint8, bicubic.
+
+        Raises:
+            DataError: the crop reaches over the edge, so it was drawn for another picture.
+        """
+        box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+        if min(crop.left, crop.top) < 0 or box[2] > image.width or box[3] > image.height:
+            raise DataError(
+                f"crop {box} reaches over the edge of a picture of {image.width}x{image.height} pixels: the "
+                "picture has changed since the crop was drawn; run tokenize-images again"
+            )
+        part = image.resize((px, px), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+        if crop.flip:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for enhance, factor in (
+            (ImageEnhance.Brightness, crop.brightness),
+            (ImageEnhance.Contrast, crop.contrast),
+            (ImageEnhance.Color, crop.saturation),
+        ):
+            if factor != 1:
+                part = enhance(part).enhance(factor)
+        return np.ascontiguousarray(np.asarray(part, dtype=np.uint8).transpose(2, 0, 1))
+
+    @contextmanager
+    def _header(self, image: bytes | Path, key: str | None) -> Iterator[Image.Image]:
+        """A picture of which only the header is read; what goes wrong inside the block is a DataError."""
+        name = key if key is not None else str(image) if isinstance(image, Path) else "a picture"
+        if key is not None and isinstance(image, Path):
+            name = f"{key} ({image})"
+        try:
+            with (
+                warnings.catch_warnings(action="ignore"),  # the limit below replaces Pillow's warning
+                Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as found,
+            ):
+                if found.width * found.height > self.max_pixels:
+                    raise DataError(
+                        f"{name}: {found.width}x{found.height} pixels are more than the limit of "
+                        f"{self.max_pixels}; shrink it"
+                    )
+                yield found
+        except UnidentifiedImageError as error:
+            raise DataError(
+                f"{name}: not a readable picture (unknown format); replace or remove it"
+            ) from error
+        except FAULTS as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise DataError(f"{name}: not a readable picture ({reason}); replace or remove it") from error
+
+    def _keep(self, image: bytes | Path, picture: Image.Image) -> None:
+        """Put a picture into the cache, and drop those not used for longest."""
+        if _memory(image, picture) > self.cache_bytes:
+            return
+        self._kept[image] = picture
+        self._kept_bytes += _memory(image, picture)
+        while self._kept_bytes > self.cache_bytes:
+            self._kept_bytes -= _memory(*self._kept.popitem(last=False))
+
+
+def _memory(image: bytes | Path, picture: Image.Image) -> int:
+    """Bytes of an encoded picture and of the decoded one; Pillow spends four a pixel on RGB."""
+    return 4 * picture.width * picture.height + (len(image) if isinstance(image, bytes) else 0)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB in 8 bits, whatever the mode was."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, or of floats, as grey of 8 bits: white is the largest value of the format."""
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F":
+        white = 1.0 if values.max() <= 1 else 255.0
+    else:
+        white = 65535.0 if image.mode.startswith("I;16") or values.max() <= 65535 else 2.0**31 - 1
+    return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8))

@@ -1,0 +1,164 @@
+"""Step number to batches: a pure function, so that resuming needs one integer.
+
+Which samples a step holds, their crops, masks and stochastic depth follow from (seed, objective, epoch, index).
+They depend neither on the number of ranks nor on workers or accumulation.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from beitctl.config import ModelConfig
+from beitctl.data import order
+from beitctl.data.batch import Batch, Portion, collate
+from beitctl.errors import DataError
+
+if TYPE_CHECKING:
+    from beitctl.api import Example, Examples, Item, Task, Tools
+
+SUBSTITUTES = 16
+"""How many other examples are tried in the place of an unreadable one."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One objective's flow of samples."""
+
+    name: str
+    task: "Task"
+    examples: "Examples"
+    samples: int
+    """Samples per step, over all ranks."""
+    tools: "Tools"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which share of every step this process loads, in how many forward passes."""
+
+    rank: int = 0
+    world: int = 1
+    micro_samples: int = 0
+    """Most samples in one pass; 0: no limit."""
+
+    def passes(self, samples: int) -> int:
+        """Forward passes per step, the same on every rank."""
+        mine = -(-samples // self.world)
+        return 1 if not self.micro_samples else -(-mine // self.micro_samples)
+
+
+def drawn(stream: Stream, position: int, seed: int) -> "tuple[str, Item, list[tuple[str, str]]]":
+    """Id and item at a position of a stream, and what could not be read on the way.
+
+    An unreadable example is replaced by another that depends on nothing but the seed and its place.
+
+    Raises:
+        DataError: many examples in a row are unreadable.
+    """
+    epoch, index = order.index_at(position, len(stream.examples), seed, stream.name)
+    problems: list[tuple[str, str]] = []
+    chosen = index
+    for attempt in range(SUBSTITUTES):
+        place = f"{stream.name}[{chosen}]"
+        try:
+            example = stream.examples[chosen]
+            place = example.id
+            draw = order.generator(seed, stream.name, epoch, index, "prepare", attempt)
+            return place, stream.task.prepare(example, draw, stream.tools), problems
+        except DataError as error:
+            problems.append((place, str(error)))
+            reserve = order.generator(seed, stream.name, epoch, index, "reserve", attempt)
+            chosen = int(reserve.integers(len(stream.examples)))
+    raise DataError(f"{SUBSTITUTES} examples of '{stream.name}' in a row cannot be used: {problems[0][1]}")
+
+
+class StepData(Dataset[list[Batch]]):
+    """The batches of any step, by its number."""
+
+    def __init__(self, streams: Sequence[Stream], model: ModelConfig, seed: int, place: Place) -> None:
+        self.streams, self.model, self.seed, self.place = streams, model, seed, place
+        self.passes = place.passes(sum(stream.samples for stream in streams))
+        self.rates = np.linspace(0.0, model.drop_path, model.layers)
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        """The forward passes of this rank in step ``step``, counted from 0."""
+        return [self._batch(step, number) for number in range(self.passes)]
+
+    def _batch(self, step: int, number: int) -> Batch:
+        parts = self.passes * self.place.world
+        part = number * self.place.world + self.place.rank
+        portions, samples, problems = [], [], []
+        for stream in self.streams:
+            items, keeps = [], []
+            for offset in order.share(stream.samples, parts, part):
+                position = step * stream.samples + offset
+                id, item, bad = drawn(stream, position, self.seed)
+                items.append(item)
+                keeps.append(self._keep(stream, position))
+                samples.append(f"{stream.name}/{id}")
+                problems += bad
+            keep = np.stack(keeps) if keeps and self.model.drop_path else None
+            portions.append(Portion(stream.name, stream.task.layout, items, keep))
+        batch = collate(portions, self.model.image_px, self.model.patch_px)
+        return replace(batch, samples=tuple(samples), problems=tuple(problems))
+
+    def _keep(self, stream: Stream, position: int) -> np.ndarray[Any, Any]:
+        """(layers, 2) scales of one sample's branches."""
+        if not self.model.drop_path:
+            return np.zeros((0, 2), np.float32)
+        draw = order.generator(self.seed, stream.name, position, "depth").random((self.model.layers, 2))
+        alive = draw >= self.rates[:, None]
+        return (alive / (1.0 - self.rates[:, None])).astype(np.float32)
+
+
+def steps(
+    data: Dataset[list[Batch]], start: int, stop: int, workers: int, started: Callable[[int], None]
+) -> Iterator[list[Batch]]:
+    """Batches of the steps ``start`` .. ``stop - 1`` in order, prefetched by worker processes if any."""
+    loader = DataLoader(
+        data,
+        sampler=range(start, stop),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_same,
+        worker_init_fn=started,
+        prefetch_factor=2 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    yield from loader
+
+
+def _same(batches: list[Batch]) -> list[Batch]:
+    return batches
+
+
+def prepared(
+    stream: "Stream", seed: int, limit: int = 0
+) -> "Iterator[tuple[Example, Item]]":
+    """The examples of a stream once, in order, with fixed draws; those that cannot be read are left out."""
+    count = len(stream.examples) if not limit else min(limit, len(stream.examples))
+    for index in range(count):
+        try:
+            example = stream.examples[index]
+            draw = order.generator(seed, stream.name, "fixed", index)
+            yield example, stream.task.prepare(example, draw, stream.tools)
+        except DataError:
+            continue
+
+
+def batches(
+    items: "Mapping[str, tuple[Task, Sequence[Item]]]", model: ModelConfig, samples: int, place: Place
+) -> Iterator[Batch]:
+    """This rank's share of prepared items of several objectives, at most ``samples`` of each in a batch."""
+    longest = max((len(found) for _, found in items.values()), default=0)
+    for start in range(0, longest, samples):
+        portions = []
+        for name, (task, found) in items.items():
+            chunk = found[start : start + samples]
+            mine = order.share(len(chunk), place.world, place.rank)
+            portions.append(Portion(name, task.layout, chunk[mine.start : mine.stop]))
+        yield collate(portions, model.image_px, model.patch_px)

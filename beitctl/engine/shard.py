@@ -1,0 +1,89 @@
+"""From a recipe to a sharded module: meta device, FSDP2, then every parameter from its own generator."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from beitctl.engine.dist import Ranks
+from beitctl.model.multiway import Block
+
+Initial = Callable[[str, torch.Size], Tensor]
+"""Value of a parameter by its name and shape, fp32 on the CPU, the same on every rank."""
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The compute type that a recipe's ``precision`` means on a device."""
+    if precision == "fp32":
+        return torch.float32
+    if precision == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively (AVX512-BF16 or AMX); elsewhere fp32 is faster."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
+
+
+def sharded(build: Callable[[], nn.Module], ranks: Ranks, precision: str, initial: Initial) -> Any:
+    """Build a module on the meta device, shard it over all ranks and give every parameter its value.
+
+    One FSDP2 unit per block and one for the rest. Gradients are summed over ranks, not averaged: the loop
+    divides losses by global counts. Buffers keep the value that ``reset_buffers`` of their module gives them.
+
+    Raises:
+        ValueError: ``initial`` knows no value for a parameter.
+    """
+    with torch.device("meta"):
+        module = build()
+    dtype = compute_dtype(precision, ranks.device)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    mesh = ranks.mesh()
+    units = [m for m in module.modules() if isinstance(m, Block)]
+    for unit in [*units, module]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=ranks.world > 1)
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    module.to_empty(device=ranks.device)
+    fill(module, initial)
+    return module
+
+
+@torch.no_grad()
+def fill(module: nn.Module, initial: Initial) -> None:
+    """Give every parameter its initial value and every buffer its start."""
+    for name, parameter in module.named_parameters():
+        value = initial(name, parameter.shape).to(parameter.dtype)
+        if isinstance(parameter, DTensor):
+            placed = distribute_tensor(
+                value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+            parameter.to_local().copy_(placed.to_local())
+        else:
+            parameter.copy_(value)
+    for part in module.modules():
+        reset = getattr(part, "reset_buffers", None)
+        if callable(reset):
+            reset()
+
+
+def full_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters and buffers on the CPU; every rank must call it."""
+    found = {}
+    for name, value in module.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        found[name] = whole.detach().cpu()
+    return found

@@ -1,0 +1,101 @@
+"""Attention over the sequences of a packed batch.
+
+Backends read queries, keys and values in modality-major rows and return contexts in the same rows.
+``padded`` runs everywhere and is the reference: sequences are gathered into a grid (S, M) with a key mask.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from beitctl.model.plan import BatchPlan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The index tensors of a plan on the device."""
+
+    plan: BatchPlan
+    gather: Tensor
+    """(S * M,) row of every slot of the padded grid; 0 at padding."""
+    slots: Tensor
+    """(T,) slot of every row."""
+    key_mask: Tensor | None
+    """(S, 1, 1, M) bool, True at tokens; None when all sequences have one length."""
+    row_sequence: Tensor
+    """(T,) sequence of every row."""
+    text_positions: Tensor
+    """(rows of C and D,) positions in their texts."""
+
+    @classmethod
+    def of(cls, plan: BatchPlan, device: torch.device) -> "Layout":
+        """Copy the indices of a plan to a device."""
+        grid, slots = plan.padded
+        rows = torch.from_numpy(grid)
+        real = rows >= 0
+        mask = None if bool(real.all()) else real[:, None, None, :].to(device)
+        return cls(
+            plan=plan,
+            gather=rows.clamp(min=0).flatten().to(device),
+            slots=torch.from_numpy(slots).to(device),
+            key_mask=mask,
+            row_sequence=torch.from_numpy(plan.row_sequence).to(device),
+            text_positions=torch.from_numpy(plan.text_positions).to(device),
+        )
+
+
+class _Gather(torch.autograd.Function):
+    """``x[index]`` whose backward is a gather too, because ``inverse`` undoes ``index``.
+
+    Slots of ``index`` that ``inverse`` never names (padding) must not reach the loss: their gradient is dropped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _, inverse = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """``x[slots]``, whose backward fills the slots that are not named with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slots,) = ctx.saved_tensors
+        full = grad.new_zeros(ctx.rows, *grad.shape[1:])
+        full[slots] = grad  # every slot is named once: no accumulation
+        return full, None
+
+
+def attend(qkv: Tensor, layout: Layout, heads: int) -> Tensor:
+    """Full attention inside every sequence: (T, 3d) queries, keys, values to (T, d) contexts."""
+    total, triple = qkv.shape
+    if total == 0:
+        return qkv[:, : triple // 3]
+    grid = _Gather.apply(qkv, layout.gather, layout.slots)
+    sequences = layout.plan.sequences
+    grid = grid.view(sequences, -1, 3, heads, triple // 3 // heads)  # (S, M, 3, H, d/H)
+    q, k, v = grid.permute(2, 0, 3, 1, 4)  # each (S, H, M, d/H)
+    if q.is_cuda:  # never cuDNN with a mask: pytorch#196678
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_mask)
+    else:
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_mask)
+    flat = context.transpose(1, 2).reshape(-1, triple // 3)  # (S * M, d)
+    scattered: Tensor = _Scatter.apply(flat, layout.slots)
+    return scattered

@@ -1,0 +1,173 @@
+"""VQ-KD, the image tokenizer of BEiT v2 (arXiv:2208.06366): a Vision Transformer to a codebook, and back.
+
+Both halves are Multiway models without a language branch. The codebook is a buffer that follows an
+exponential moving average of the vectors assigned to it; no gradient reaches it.
+Letters: B pictures, N patches, K codes, D width of a code, F width of the teacher's features.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from beitctl.config import ModelConfig
+from beitctl.model.attention import Layout
+from beitctl.model.multiway import Multiway, Packed
+from beitctl.model.plan import plan_of
+
+
+def encode_patches(model: Multiway, images: Tensor) -> Tensor:
+    """Normed patch tokens of (B, C, H, W), the class token dropped: (B, N, d)."""
+    tokens = model.config.patches + 1
+    layout = Layout.of(plan_of(tokens, len(images), [], []), images.device)
+    rows = model.encode(Packed(layout, images))
+    return rows.view(len(images), tokens, -1)[:, 1:]
+
+
+class TaskLayer(nn.Sequential):
+    """Linear, tanh, linear, in fp32."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, last = self
+        x = torch.tanh(F.linear(x.float(), first.weight.float(), first.bias.float()))
+        return F.linear(x, last.weight.float(), last.bias.float())
+
+
+class Codebook(nn.Module):
+    """K unit vectors of width D that follow the data."""
+
+    vectors: Tensor
+    usage: Tensor
+    idle: Tensor
+    ready: Tensor
+
+    def __init__(self, codes: int, width: int, decay: float, revive_after: int, seed: int) -> None:
+        super().__init__()
+        self.codes, self.width, self.decay, self.revive_after = codes, width, decay, revive_after
+        self.seed = seed
+        self.register_buffer("vectors", torch.empty(codes, width))
+        self.register_buffer("usage", torch.empty(codes))
+        self.register_buffer("idle", torch.empty(codes, dtype=torch.int64))
+        self.register_buffer("ready", torch.empty((), dtype=torch.int64))
+
+    def reset_buffers(self) -> None:
+        """An empty codebook; the first training batch fills it."""
+        for buffer in (self.vectors, self.usage, self.idle, self.ready):
+            buffer.zero_()
+
+    def assign(self, z: Tensor) -> Tensor:
+        """(n, D) unit vectors to the indices (n,) of their closest codes."""
+        return (z @ self.vectors.T).argmax(-1)
+
+    @torch.no_grad()
+    def start(self, z: Tensor) -> None:
+        """k-means on the vectors of all ranks, once; every rank reaches the same codebook.
+
+        The released code clusters on each rank apart and so starts with as many codebooks as ranks.
+        """
+        if int(self.ready):
+            return
+        every = _gathered(z)
+        generator = torch.Generator().manual_seed(self.seed)
+        picked = torch.randperm(len(every), generator=generator)[torch.arange(self.codes) % len(every)]
+        centres = every[picked.to(every.device)].clone()
+        for _ in range(10):
+            nearest = (every @ centres.T).argmax(-1)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, every)
+            filled = torch.bincount(nearest, minlength=self.codes) > 0
+            centres = torch.where(filled[:, None], F.normalize(sums, dim=-1), centres)
+        self.vectors.copy_(centres)
+        self.ready.fill_(1)
+
+    @torch.no_grad()
+    def follow(self, z: Tensor, indices: Tensor) -> None:
+        """Move every used code toward the mean of its vectors; wake codes that were idle for too long."""
+        counts = torch.bincount(indices, minlength=self.codes).float()
+        sums = torch.zeros_like(self.vectors).index_add_(0, indices, z)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        means = F.normalize(sums / counts.clamp(min=1)[:, None], dim=-1)
+        moved = F.normalize(self.decay * self.vectors + (1 - self.decay) * means, dim=-1)
+        used = counts > 0
+        self.vectors.copy_(torch.where(used[:, None], moved, self.vectors))
+        self.usage += counts
+        self.idle.copy_(torch.where(used, 0, self.idle + 1))
+        if self.revive_after:
+            self._revive(z)
+
+    def _revive(self, z: Tensor) -> None:
+        """Put codes that nothing chose for ``revive_after`` steps on random vectors of this batch."""
+        dead = (self.idle >= self.revive_after).nonzero().flatten()
+        if not len(dead):
+            return
+        every = _gathered(z)
+        generator = torch.Generator().manual_seed(self.seed + int(self.usage.sum()))
+        picked = torch.randint(len(every), (len(dead),), generator=generator).to(every.device)
+        self.vectors[dead] = every[picked]
+        self.idle[dead] = 0
+
+
+def _gathered(z: Tensor) -> Tensor:
+    """Vectors of all ranks, in rank order; every rank must hold the same number."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return z
+    parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, z.contiguous())
+    return torch.cat(parts)
+
+
+class VQKDModel(nn.Module):
+    """Encoder, codebook, decoder; the encoder's half is the tokenizer."""
+
+    def __init__(self, encoder: ModelConfig, decoder_layers: int, features: int, codebook: Codebook) -> None:
+        super().__init__()
+        decoder = decoder_config(encoder, decoder_layers, codebook.width)
+        self.encoder = Multiway(encoder)
+        self.to_code = TaskLayer(encoder.width, codebook.width)
+        self.codebook = codebook
+        self.decoder = Multiway(decoder)
+        self.to_feature = TaskLayer(decoder.width, features)
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in -1..1 to unit vectors (B, N, D)."""
+        return F.normalize(self.to_code(encode_patches(self.encoder, images)), dim=-1)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in -1..1 to codes (B, N)."""
+        z = self.vectors(images)
+        return self.codebook.assign(z.flatten(0, 1)).view(z.shape[:2])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) in -1..1 to reconstructed features (B, N, F), squared commitment (B, N, D), codes (B, N)."""
+        z = self.vectors(images)
+        flat = z.detach().flatten(0, 1)
+        if self.training:
+            self.codebook.start(flat)
+        indices = self.codebook.assign(flat)
+        quantised = self.codebook.vectors[indices].view_as(z)
+        if self.training:
+            self.codebook.follow(flat, indices)
+        straight = z + (quantised - z).detach()
+        grid = self.decoder.config.grid
+        maps = straight.transpose(1, 2).reshape(len(z), -1, grid, grid)
+        features = self.to_feature(encode_patches(self.decoder, maps))
+        return features, (quantised.detach() - z).square(), indices.view(z.shape[:2])
+
+
+def decoder_config(encoder: ModelConfig, layers: int, code_width: int) -> ModelConfig:
+    """The decoder reads the map of codes as a picture with patches of one pixel."""
+    return ModelConfig(
+        layers=layers, width=encoder.width, heads=encoder.heads, ffn=encoder.ffn, image_px=encoder.grid,
+        patch_px=1, channels=code_width, norm=encoder.norm, key_bias=encoder.key_bias,
+        norm_eps=encoder.norm_eps, init=encoder.init,
+    )  # fmt: skip
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy of a usage histogram: the number of codes in even use that would be as varied."""
+    share = counts.double() / counts.sum().clamp(min=1)
+    return float(torch.special.entr(share).sum().exp())

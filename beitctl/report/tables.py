@@ -1,0 +1,159 @@
+"""How numbers are shown to a reader: as text, as tables, and what their names mean."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from beitctl.report.progress import number
+
+MAX_ROWS = 200
+
+MEANINGS = {
+    "accuracy": "Share of right answers, from 0 to 1. Higher is better.",
+    "baseline_accuracy": "Accuracy of always giving the most frequent answer: what has to be beaten.",
+    "chance_r5": "r5 of picking at random. Retrieval that learned lies above it.",
+    "codebook_perplexity": "How many codes are in use, where rare ones count less. Higher is better.",
+    "codebook_used": "Share or number of the visual codes that occur at all. Unused codes are wasted.",
+    "data_wait": "Share of the time in which training waited for data. Lower is better.",
+    "grad_norm": "Length of the gradient before clipping. Sudden peaks announce trouble.",
+    "i2t_r1": "Share of pictures whose own caption is found first. Higher is better.",
+    "i2t_r5": "Share of pictures whose own caption is among the first five found. Higher is better.",
+    "i2t_r10": "Share of pictures whose own caption is among the first ten found. Higher is better.",
+    "loss": "How wrong the predictions are; 0 is perfect. Lower is better.",
+    "loss_first": "Loss at the start of the training.",
+    "loss_last": "Loss at the end of the training; lower than loss_first where the model learned.",
+    "lr": "Learning rate: the size of a step of the weights. It rises and falls by plan.",
+    "majority": "Accuracy of always naming the most frequent class.",
+    "max_difference": "Largest difference between outputs before export and after reloading. 0 is exact.",
+    "perplexity": "Number of equally likely choices that would be as hard. Lower is better in prediction.",
+    "pretrained": "With the pretrained weights.",
+    "random_init": "With random weights: what pretraining has to beat.",
+    "samples_per_s": "Examples trained a second. Higher is faster.",
+    "scratch_accuracy": "Accuracy of the same training from random weights: what pretraining has to beat.",
+    "t2i_r1": "Share of captions whose own picture is found first. Higher is better.",
+    "t2i_r5": "Share of captions whose own picture is among the first five found. Higher is better.",
+    "t2i_r10": "Share of captions whose own picture is among the first ten found. Higher is better.",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text of a cell, and whether it stands in a column of numbers."""
+
+    text: str
+    number: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table to be shown."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    row_heads: bool = False
+    """Whether the first cell of a row is its name."""
+    more: int = 0
+    """Rows left out."""
+
+    def is_number(self, column: int) -> bool:
+        """Whether a column holds numbers, judged by its first row."""
+        first = self.rows[0] if self.rows else ()
+        return column < len(first) and first[column].number
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a mapping, else an empty one: files may hold anything."""
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def whole(value: Any) -> int | None:
+    """The value if it is a whole number that a float can hold."""
+    good = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+    return value if good else None
+
+
+def real(value: Any) -> float | None:
+    """The value as a float, also of the texts for what is not finite; None if it is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def cell(value: Any) -> Cell:
+    """A value as a reader wants it: four significant digits, thousands apart, lists joined."""
+    if value is None:
+        return Cell("–")
+    if isinstance(value, bool):
+        return Cell("yes" if value else "no")
+    if isinstance(value, int):
+        return Cell(f"{value:,}", number=True)
+    if isinstance(value, float):
+        return Cell(number(value), number=True)
+    if isinstance(value, Mapping):
+        return Cell(", ".join(f"{key} {cell(item).text}" for key, item in value.items()))
+    if isinstance(value, list | tuple):
+        return Cell(", ".join(cell(item).text for item in value[:20]) + (", …" if len(value) > 20 else ""))
+    return Cell(str(value), number=value in ("nan", "inf", "-inf"))
+
+
+def table(title: str, columns: Sequence[Any], rows: Sequence[Any]) -> Table:
+    """Table of given rows; what is no row is left out, as are rows beyond the first 200."""
+    good = [row for row in rows if isinstance(row, list | tuple)]
+    cells = tuple(tuple(map(cell, row)) for row in good[:MAX_ROWS])
+    return Table(title, tuple(map(str, columns)), cells, more=len(good) - len(cells))
+
+
+def tables(metrics: Mapping[str, Any], title: str = "") -> list[Table]:
+    """Nested numbers as tables: one of the numbers, one of each set of groups that have names in common."""
+    single = {name: value for name, value in metrics.items() if not isinstance(value, Mapping)}
+    groups = {name: value for name, value in metrics.items() if isinstance(value, Mapping) and value}
+    found = []
+    if single:
+        rows = tuple((Cell(name), cell(value)) for name, value in single.items())
+        found.append(Table(title, (), rows, row_heads=True))
+    flat = {n: g for n, g in groups.items() if not any(isinstance(value, Mapping) for value in g.values())}
+    for names in _alike(flat):
+        if len(names) > 1:
+            found.append(_side_by_side(title, {name: flat[name] for name in names}))
+    alone = {names[0] for names in _alike(flat) if len(names) == 1}
+    for name, group in groups.items():
+        if name in alone or name not in flat:
+            found += tables(group, f"{title} › {name}" if title else name)
+    return found
+
+
+def meanings(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names in nested numbers that have a known meaning, in order of first occurrence, with it."""
+    found: dict[str, str] = {}
+    for name, value in metrics.items():
+        last = name.rpartition("/")[2]
+        if isinstance(value, Mapping):
+            found |= dict(meanings(value))
+        if last in MEANINGS:
+            found[last] = MEANINGS[last]
+    return list(found.items())
+
+
+def _alike(groups: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    sets: list[list[str]] = []
+    for name, group in groups.items():
+        for names in sets:
+            if set(groups[names[0]]) & set(group):
+                names.append(name)
+                break
+        else:
+            sets.append([name])
+    return sets
+
+
+def _side_by_side(title: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(column for group in groups.values() for column in group))
+    rows = tuple(
+        (Cell(name), *(cell(group.get(column, None)) if column in group else Cell("") for column in columns))
+        for name, group in groups.items()
+    )
+    return Table(title, ("", *columns), rows, row_heads=True)

@@ -1,0 +1,72 @@
+"""What every source of this package opens to, and what they share on the way there."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from beitctl.api import Example
+from beitctl.data.order import digest
+from beitctl.errors import DataError
+
+SMALL_BYTES = 64 * 2**20
+"""Sets of files up to this size are hashed by content, larger ones by name and size."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Rows in memory, each made into an example when it is asked for."""
+
+    rows: Sequence[Any]
+    example: Callable[[Any], Example]
+    fingerprint: str
+    problems: list[str] = field(default_factory=list)
+    """What was left out, and why: one line each."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.example(self.rows[index])
+
+
+def existing(path: Path) -> Path:
+    """A path with ``~`` resolved.
+
+    Raises:
+        DataError: there is nothing.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; correct 'path' in the recipe")
+    return path
+
+
+def fingerprint(files: Iterable[tuple[str, Path]], *settings: str) -> str:
+    """Hash of files, given by relative name and place, and of the settings that choose from them."""
+    found = [(name, path, os.stat(path).st_size) for name, path in files]
+    small = sum(size for _, _, size in found) <= SMALL_BYTES
+    parts: list[int | str | bytes] = [*settings]
+    for name, path, size in found:
+        parts += [os.fsencode(name), size]
+        if small:
+            parts.append(path.read_bytes())
+    return digest(*parts).hex()
+
+
+def check_share(path: Path, problems: list[str], good: int, limit: float) -> None:
+    """Refuse data of which too little is usable.
+
+    Raises:
+        DataError: nothing is usable, or more than ``limit`` of it is not.
+    """
+    bad = len(problems)
+    examples = "".join(f"\n  {line}" for line in problems[:5]) + ("\n  ..." if bad > 5 else "")
+    if not good:
+        raise DataError(f"{path}: nothing usable in it; {bad} rows were left out:{examples}")
+    if bad > limit * (good + bad):
+        raise DataError(
+            f"{path}: {bad} of {good + bad} rows are unusable, more than max_bad_share ({limit:g}) allows; "
+            f"correct them or raise it:{examples}"
+        )

@@ -1,0 +1,191 @@
+"""The stage ``eval``."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from beitctl.api import Example, Job, Plugin, SourceField, Tools
+from beitctl.errors import CheckFailed, UserError
+from pydantic import Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    import torch
+    from beitctl.checkpoints.native import Stored
+
+REQUIREMENT = re.compile(r"^\s*([\w./@-]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*$")
+
+
+class Eval(Plugin):
+    """Measure a model: k-NN on its features, zero-shot retrieval, or the task that it was fine-tuned to."""
+
+    model: str
+    """The model: ``@pretrain``, ``@finetune.retrieval`` or a folder with model.safetensors."""
+    protocol: Literal["knn", "zero-shot-retrieval", "task"]
+    """``knn``: labels by the nearest training pictures; ``zero-shot-retrieval``: how well a pretrained model
+    predicts a caption's words from a picture; ``task``: the metrics of the fine-tuned task."""
+    source: SourceField
+    """Examples to measure on."""
+    reference: SourceField | None = None
+    """``knn``: the labelled pictures that neighbours are looked up in."""
+    neighbours: int = Field(default=5, ge=1)
+    """``knn``: how many neighbours vote."""
+    limit: int = Field(default=0, ge=0)
+    """Most examples that are measured; 0: all. Zero-shot retrieval scores every pair: limit² forward passes."""
+    require: list[str] = []
+    """Conditions such as ``pretrained>=0.3``; a run that misses one ends with exit code 7."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the random weights that ``knn`` compares with."""
+
+    @field_validator("require")
+    @classmethod
+    def _readable(cls, value: list[str]) -> list[str]:
+        for condition in value:
+            if not REQUIREMENT.match(condition):
+                raise ValueError(f"'{condition}' is no condition; write METRIC>=NUMBER, or with > < <=")
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Eval":
+        if self.protocol == "knn" and self.reference is None:
+            raise ValueError("protocol 'knn' needs reference: labelled training pictures")
+        return self
+
+    def plan(self) -> Mapping[str, Any]:
+        """What is measured on how many examples."""
+        return {"protocol": self.protocol, "model": self.model, "examples": len(self.source.open())}
+
+    def inputs_fingerprint(self) -> str:
+        """Hash of the data."""
+        other = self.reference.open().fingerprint if self.reference else ""
+        return f"{self.source.open().fingerprint},{other}"
+
+    def run(self, job: Job) -> Mapping[str, Any]:
+        """Measure, then check what is required."""
+        from beitctl.checkpoints.native import read_model
+        from beitctl.engine import dist
+
+        ranks = dist.start()
+        stored = read_model(job.path(self.model))
+        metrics = {"knn": self._knn, "zero-shot-retrieval": self._zero_shot, "task": self._task}[self.protocol](
+            stored, job, ranks.device
+        )
+        ranks.barrier()
+        job.log.evaluation(self.protocol, 0, metrics)
+        self._check(metrics)
+        return metrics
+
+    def _check(self, metrics: Mapping[str, float]) -> None:
+        missed = []
+        for condition in self.require:
+            name, sign, bound = REQUIREMENT.match(condition).groups()  # type: ignore[union-attr]
+            if name not in metrics:
+                raise UserError(f"require: no metric '{name}'; there are {', '.join(metrics)}")
+            value, limit = metrics[name], float(bound)
+            holds = {">=": value >= limit, "<=": value <= limit, ">": value > limit, "<": value < limit}[sign]
+            if not holds:
+                missed.append(f"{condition} (found {value:.4g})")
+        if missed:
+            raise CheckFailed("required but not so: " + "; ".join(missed))
+
+    def _tools(self, stored: "Stored") -> Tools:
+        from beitctl_plugins.stages.shared import pictures
+
+        return Tools(stored.model, stored.text_tokenizer(), labels=stored.labels, train=False, pictures=pictures())
+
+    def _knn(self, stored: "Stored", job: Job, device: "torch.device") -> dict[str, float]:
+        """Share of right labels among the nearest neighbours, for the model and for random weights."""
+        from beitctl.checkpoints.native import fit
+        from beitctl.model.init import initial
+        from beitctl.model.multiway import Multiway
+
+        model = Multiway(stored.model).to(device).eval()
+        random = {
+            f"model.{name}": initial(f"model.{name}", value.shape, stored.model, self.seed)
+            for name, value in model.named_parameters()
+        }
+        found: dict[str, float] = {}
+        for name, tensors in (("pretrained", stored.tensors), ("random_init", random)):
+            fit(tensors, model, "model.", stored.folder)
+            known, labels = self._features(model, self.reference, stored)
+            asked, truth = self._features(model, self.source, stored)
+            votes = _vote(asked, known, labels, self.neighbours)
+            found[name] = sum(a == b for a, b in zip(votes, truth, strict=True)) / len(truth)
+        return found | {"examples": float(len(truth)), "reference": float(len(labels))}
+
+    def _features(self, model: Any, source: Any, stored: "Stored") -> tuple["torch.Tensor", list[str]]:
+        """Unit vectors (n, d) of the mean patch of every labelled picture, and the labels."""
+        import torch
+        from beitctl.engine.learner import HALF, normalise
+        from beitctl.errors import DataError
+        from beitctl_plugins.tasks.preparing import view_of
+
+        import numpy as np
+
+        tools, examples = self._tools(stored), source.open()
+        rows, labels, found = [], [], []
+        for index in range(len(examples)):
+            example = examples[index]
+            if not example.label:
+                continue
+            try:
+                rows.append(view_of(example, np.random.default_rng(0), tools, (1.0, 1.0)))
+            except DataError:
+                continue
+            labels.append(example.label)
+        if not labels:
+            raise DataError("no labelled picture to measure k-NN with")
+        for start in range(0, len(rows), 64):
+            pixels = torch.from_numpy(np.stack(rows[start : start + 64])).to(model.vision_embed.position.device)
+            with torch.no_grad():
+                found.append(model(normalise(pixels, HALF))[:, 1:].mean(1))
+        features = torch.cat(found)
+        return torch.nn.functional.normalize(features - features.mean(0), dim=-1), labels
+
+    def _zero_shot(self, stored: "Stored", job: Job, device: "torch.device") -> dict[str, float]:
+        from beitctl_plugins.stages.zero_shot import pair_scores
+        from beitctl_plugins.tasks.retrieval import recalls, retrieval_gallery, same_caption
+
+        tools, examples = self._tools(stored), self._pairs()
+        scores = pair_scores(stored, examples, tools, device)
+        retrieval_gallery(scores, examples, tools, job.log)
+        return recalls(scores, same_caption(examples))
+
+    def _pairs(self) -> Sequence[Example]:
+        opened = self.source.open()
+        found = [opened[i] for i in range(len(opened)) if opened[i].captions]
+        if len(found) < 2:
+            raise UserError(f"retrieval needs at least two pictures with captions, the source has {len(found)}")
+        step = max(1, len(found) // self.limit) if self.limit else 1
+        return found[::step][: self.limit or None]
+
+    def _task(self, stored: "Stored", job: Job, device: "torch.device") -> dict[str, float]:
+        from beitctl.data.loader import Stream
+        from beitctl.engine import dist
+        from beitctl.engine.learner import Objective
+        from beitctl_plugins.stages import shared
+
+        task = stored.open_task()
+        if task is None:
+            raise UserError(f"{stored.folder}: no task head in it; fine-tune first, or use protocol 'knn'")
+        tools, ranks = self._tools(stored), dist.start()
+        learner = shared.build(
+            replace(stored.model, drop_path=0.0), [Objective("task", task)], {"task": tools}, ranks, "fp32",
+            lambda name, shape: stored.tensors[name],
+        )  # fmt: skip
+        source = self.source.open()
+        examples, outputs = shared.outputs(learner, Stream("task", task, source, 1, tools), ranks)
+        task.draw(outputs, examples, tools, job.log)
+        return dict(task.score(outputs, examples, tools, source))
+
+
+def _vote(asked: "torch.Tensor", known: "torch.Tensor", labels: Sequence[str], neighbours: int) -> list[str]:
+    """The label with the most similarity among the nearest neighbours of every row."""
+    near = (asked @ known.T).topk(min(neighbours, len(labels)), dim=1)
+    found = []
+    for values, places in zip(near.values.tolist(), near.indices.tolist(), strict=True):
+        votes: dict[str, float] = {}
+        for value, place in zip(values, places, strict=True):
+            votes[labels[place]] = votes.get(labels[place], 0.0) + value
+        found.append(max(votes, key=lambda label: votes[label]))
+    return found

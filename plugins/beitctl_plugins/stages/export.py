@@ -1,0 +1,72 @@
+"""The stage ``export``."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from beitctl.api import Job, Plugin
+from beitctl.errors import CheckFailed
+from pydantic import Field
+
+if TYPE_CHECKING:
+    import torch
+
+PROBES = 4
+
+
+class Export(Plugin):
+    """Write a model as safetensors with its configuration, and prove that it reloads to the same outputs."""
+
+    model: str
+    """The model: ``@pretrain``, ``@finetune.retrieval`` or a folder with model.safetensors."""
+    format: Literal["beitctl"] = "beitctl"
+    """``beitctl``: model.safetensors and config.json, read by ``beitctl.load_model``."""
+    tolerance: float = Field(default=1e-5, ge=0)
+    """Largest difference allowed between the outputs before and after; above it the run ends with exit code 7."""
+
+    def plan(self) -> Mapping[str, Any]:
+        """What is written."""
+        return {"model": self.model, "format": self.format}
+
+    def run(self, job: Job) -> Mapping[str, Any]:
+        """Write ``export/``, load it again, compare outputs on random inputs."""
+        from beitctl.checkpoints.native import load_model, read_model, save_model
+        from beitctl.engine import dist
+
+        ranks = dist.start()
+        if not ranks.main:
+            ranks.barrier()
+            return {}
+        stored = read_model(job.path(self.model))
+        folder = job.folder / "export"
+        save_model(
+            folder, stored.tensors, stored.model, task=stored.task, labels=stored.labels,
+            tokenizer=stored.text_tokenizer(),
+        )  # fmt: skip
+        before, after = load_model(stored.folder), load_model(folder)
+        difference = max(
+            float((a - b).abs().max())
+            for a, b in zip(_probe(before, stored.model), _probe(after, stored.model), strict=True)
+        )
+        ranks.barrier()
+        job.log.note(f"exported to {folder}, largest difference after reloading {difference:.1e}")
+        if difference > self.tolerance:
+            raise CheckFailed(f"outputs differ by {difference:.2e} after reloading (tolerance {self.tolerance:.0e})")
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        parameters = sum(value.numel() for value in stored.tensors.values())
+        return {"max_difference": difference, "parameters": parameters, "bytes": size}
+
+
+def _probe(model: Any, config: Any) -> "list[torch.Tensor]":
+    """Outputs of a model on fixed random pictures, and texts where it reads them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    side = config.image_px
+    image = torch.randn(PROBES, config.channels, side, side, generator=generator)
+    text = None
+    if config.vocabulary:
+        text = torch.randint(4, config.vocabulary, (PROBES, config.text_tokens), generator=generator)
+    with torch.no_grad():
+        alone = getattr(getattr(model, "task", None), "layout", "") == "image"
+        out = model(image) if text is None or alone else model(image, text)
+    return list(out) if isinstance(out, tuple) else [out]

@@ -1,0 +1,140 @@
+"""The stage ``finetune``."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from beitctl.api import Job, Plugin, SourceField, TaskField, Tools
+from beitctl.config import TrainConfig
+from beitctl.errors import UserError
+from pydantic import Field
+
+if TYPE_CHECKING:
+    from beitctl.checkpoints.native import Stored
+    from beitctl.engine.dist import Ranks
+    from beitctl.engine.learner import MultiwayLearner
+
+
+class Finetune(Plugin):
+    """Fine-tune a pretrained model on a task, and measure it on held-out examples."""
+
+    init: str
+    """The model to start from: ``@pretrain`` or a folder with model.safetensors."""
+    task: TaskField
+    """The task: its loss, its head, its metrics."""
+    source: SourceField
+    """Training examples."""
+    held_out: SourceField
+    """Examples to measure on."""
+    samples: int = Field(ge=1)
+    """Samples per step, over all ranks."""
+    train: TrainConfig
+    """The training loop."""
+    from_scratch: bool = False
+    """Take only the shape of the model from ``init`` and begin with random weights: the control experiment."""
+    drop_path: float | None = Field(default=None, ge=0, lt=1)
+    """Stochastic depth while fine-tuning; by default that of the pretrained model."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """One training per seed; metrics are averaged, the weights are those of the first."""
+
+    def plan(self) -> Mapping[str, Any]:
+        """How long it trains on how many examples."""
+        examples, steps = len(self.source.open()), self.train.steps
+        return {
+            "init": self.init + (" (shape only)" if self.from_scratch else ""),
+            "examples": examples,
+            "held out": len(self.held_out.open()),
+            "steps": steps,
+            "epochs": steps * self.samples / examples,
+            "trainings": len(self.seeds),
+        }
+
+    def inputs_fingerprint(self) -> str:
+        """Hash of the data."""
+        return f"{self.source.open().fingerprint},{self.held_out.open().fingerprint}"
+
+    def run(self, job: Job) -> Mapping[str, Any]:
+        """Train once per seed, write the weights of the first, average the metrics of all."""
+        from beitctl.checkpoints.native import read_model
+        from beitctl.engine import dist
+
+        for method in ("output", "score"):
+            if not callable(getattr(self.task, method, None)):
+                raise UserError(
+                    f"a task without {method}() can be pretrained with but not fine-tuned to; use one of "
+                    "classification, retrieval"
+                )
+        ranks = dist.start()
+        stored = read_model(job.path(self.init))
+        self._check_share(ranks)
+        found = [self._once(stored, seed, first=index == 0, ranks=ranks, job=job) for index, seed in enumerate(self.seeds)]
+        averaged = {key: sum(metrics[key] for metrics in found) / len(found) for key in found[0]}
+        return averaged | {"seeds": {str(s): m for s, m in zip(self.seeds, found, strict=True)}}
+
+    def _check_share(self, ranks: "Ranks") -> None:
+        """Contrastive losses compare all samples of a forward pass, on equal shares."""
+        if self.task.layout != "dual":
+            return
+        if self.samples % ranks.world or self.train.micro_samples:
+            raise UserError(
+                f"a contrastive task needs samples ({self.samples}) to be a multiple of the {ranks.world} ranks "
+                "and no accumulation (micro_samples = 0): it compares all samples of one pass"
+            )
+
+    def _once(
+        self, stored: "Stored", seed: int, *, first: bool, ranks: "Ranks", job: Job
+    ) -> Mapping[str, float]:
+        from beitctl.data.loader import Stream
+        from beitctl.engine.learner import Objective
+        from beitctl.model.init import initial
+        from beitctl_plugins.stages import shared
+
+        config = stored.model if self.drop_path is None else replace(stored.model, drop_path=self.drop_path)
+        examples, tokenizer = self.source.open(), stored.text_tokenizer()
+        labels = tuple(sorted({e.label for e in (examples[i] for i in range(len(examples))) if e.label}))
+        tools = Tools(config, tokenizer, labels=labels, pictures=shared.pictures())
+
+        def value(name: str, shape: Any) -> Any:
+            known = None if self.from_scratch else stored.tensors.get(name)
+            usable = known is not None and known.shape == shape and name.startswith("model.")
+            return known if usable else initial(name, shape, config, seed)
+
+        learner = shared.build(
+            config, [Objective("task", self.task)], {"task": tools}, ranks, self.train.precision, value
+        )
+        stream = Stream("task", self.task, examples, self.samples, tools)
+        folder = job.folder / f"seed-{seed}"
+        shared.fit(
+            learner, [stream], replace(self.train, seed=seed), ranks, job,
+            folder=folder, name="" if first else f"seed {seed} ",
+        )  # fmt: skip
+        if first:
+            table = {"kind": _kind(self.task), **self.task.model_dump(mode="json")}
+            shared.write_weights(
+                learner, job.folder / "weights", ranks, task=table, labels=labels, tokenizer=tokenizer
+            )
+        return self._score(learner, tools, first=first, ranks=ranks, job=job)
+
+    def _score(
+        self, learner: "MultiwayLearner", tools: Tools, *, first: bool, ranks: "Ranks", job: Job
+    ) -> Mapping[str, float]:
+        from beitctl.data.loader import Stream
+        from beitctl_plugins.stages import shared
+
+        fixed = replace(tools, train=False)
+        stream = Stream("task", self.task, self.held_out.open(), 1, fixed)
+        examples, outputs = shared.outputs(learner, stream, ranks)
+        metrics: Mapping[str, float] = self.task.score(outputs, examples, fixed, self.source.open())
+        job.log.evaluation("held out", self.train.steps, metrics)
+        if first:
+            self.task.draw(outputs, examples, fixed, job.log)
+        return metrics
+
+
+def _kind(task: Any) -> str:
+    from beitctl import registry
+
+    for name in registry.names("beitctl.tasks"):
+        if registry.get("beitctl.tasks", name) is type(task):
+            return name
+    raise UserError(f"{type(task).__name__} is not an installed task")

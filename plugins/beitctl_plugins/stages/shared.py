@@ -1,0 +1,122 @@
+"""What several stages do alike: open tokenizers and stores, train a learner, write its weights.
+
+Imported by stages inside ``run``, because it imports torch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from beitctl.api import Example, Job, Tools
+from beitctl.checkpoints.native import load_tokenizer, save_model
+from beitctl.config import ModelConfig, TrainConfig
+from beitctl.data.images import Pictures
+from beitctl.data.loader import Place, StepData, Stream, batches, prepared
+from beitctl.data.store import TokenStore
+from beitctl.engine.dist import Ranks
+from beitctl.engine.learner import MultiwayLearner, Objective
+from beitctl.engine.loop import Session, Step, train
+from beitctl.engine.shard import Initial, full_weights, sharded
+from beitctl.errors import UserError
+from beitctl.model.multiway import Multiway
+from beitctl.report.events import read
+from torch import Tensor
+
+CACHE_MIB = 512
+"""Memory for decoded pictures, per process."""
+
+
+def open_text(job: Job, value: str) -> Any:
+    """The text tokenizer that a setting names, or None when it is empty."""
+    return load_tokenizer(job.path(value)) if value else None
+
+
+def open_tokens(job: Job, value: str) -> TokenStore | None:
+    """The token store that a setting names, or None when it is empty."""
+    if not value:
+        return None
+    path = job.path(value)
+    return TokenStore.open(path / "tokens" if (path / "tokens").is_dir() else path)
+
+
+def pictures() -> Pictures:
+    """A decoder with a cache."""
+    return Pictures(cache_mib=CACHE_MIB)
+
+
+def build(
+    model: ModelConfig, objectives: Sequence[Objective], tools: Mapping[str, Tools], ranks: Ranks,
+    precision: str, initial: Initial,
+) -> MultiwayLearner:  # fmt: skip
+    """A sharded learner with its initial weights."""
+    learner: MultiwayLearner = sharded(
+        lambda: MultiwayLearner(Multiway(model), objectives, tools), ranks, precision, initial
+    )
+    return learner
+
+
+def fit(
+    learner: MultiwayLearner, streams: Sequence[Stream], config: TrainConfig, ranks: Ranks, job: Job,
+    *, folder: Path | None = None, each: Callable[[Step], None] = lambda step: None, name: str = "",
+) -> StepData:  # fmt: skip
+    """Train to the end, logging as the settings say; ``name`` goes before the names of the metrics."""
+    model = learner.model.config
+    data = StepData(streams, model, config.seed, Place(ranks.rank, ranks.world, config.micro_samples))
+    session = Session(
+        ranks, folder or job.folder, identity="/".join(learner.weights), resume=job.resume, layers=model.layers,
+        examples=sum(len(stream.examples) for stream in streams), saved=job.log.checkpoint,
+        started=lambda step: job.log.note(f"resuming from step {step}") if step else None,
+        warn=lambda text: job.log.warning("W301", text, "look at the file, or remove it"),
+    )  # fmt: skip
+    with closing(train(learner, data, config, session)) as steps:
+        for step in steps:
+            if step.number == 1 or step.number % config.log_every_steps == 0 or step.number == config.steps:
+                metrics = step.metrics()
+                job.log.step(step.number, config.steps, {f"{name}{k}": v for k, v in metrics.items()})
+            each(step)
+    return data
+
+
+def write_weights(
+    learner: MultiwayLearner, folder: Path, ranks: Ranks, *, task: Mapping[str, Any] | None = None,
+    labels: Sequence[str] = (), tokenizer: Any = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Gather the whole weights and write them with their configuration; returns them on rank 0."""
+    weights = full_weights(learner)
+    if ranks.main:
+        save_model(folder, weights, learner.model.config, task=task, labels=labels, tokenizer=tokenizer)
+    ranks.barrier()
+    return weights
+
+
+def logged(job: Job, key: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric in the log of this run, those before a resume included."""
+    records = [r for r in read(job.folder) if r["event"] == "step" and key in r["metrics"]]
+    return [(r["step"], float(r["metrics"][key])) for r in records]
+
+
+def first_and_last(job: Job, key: str) -> tuple[float, float]:
+    """Value of a logged metric at the first step, and its mean over the last twentieth of the records."""
+    values = [value for _, value in logged(job, key)]
+    if not values:
+        raise UserError(f"{job.folder}: nothing was logged for {key}")
+    tail = values[-max(1, len(values) // 20) :]
+    return values[0], sum(tail) / len(tail)
+
+
+
+
+@torch.no_grad()
+def outputs(learner: MultiwayLearner, stream: Stream, ranks: Ranks, size: int = 64) -> tuple[list[Example], list[Any]]:
+    """What the learner's first task says of every example of a stream, batch by batch; same on every rank."""
+    learner.eval()
+    found = list(prepared(stream, 0))
+    task = learner.objectives[0].task
+    said = []
+    items = {stream.name: (task, [item for _, item in found])}
+    for batch in batches(items, learner.model.config, size, Place()):
+        moved = batch.to(ranks.device)
+        said.append(task.output(learner.encode(moved), moved.groups[stream.name], learner.heads))
+    return [example for example, _ in found], said

@@ -1,0 +1,29 @@
+"""The stage ``train-tokenizer``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from beitctl.api import Job, Plugin, SourceField, TokenizerField
+from pydantic import Field
+
+
+class TrainTokenizer(Plugin):
+    """Train a tokenizer: SentencePiece for text, VQ-KD for pictures."""
+
+    tokenizer: TokenizerField
+    """The tokenizer and its settings."""
+    sources: list[SourceField] = Field(min_length=1)
+    """What it is trained on."""
+
+    def plan(self) -> Mapping[str, Any]:
+        """The tokenizer's own plan and the size of its sources."""
+        opened = [source.open() for source in self.sources]
+        return {**self.tokenizer.plan(), "examples": sum(map(len, opened))}
+
+    def run(self, job: Job) -> Mapping[str, Any]:
+        """Train, write ``tokenizer/``, measure."""
+        return self.tokenizer.train(self.sources, job)
+
+    def inputs_fingerprint(self) -> str:
+        """Hash of the data."""
+        return ",".join(source.open().fingerprint for source in self.sources)

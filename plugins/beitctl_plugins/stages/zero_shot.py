@@ -1,0 +1,72 @@
+"""Zero-shot retrieval with a model that was only pretrained; imported inside ``run``.
+
+Masked data modelling trains no similarity. What it does train is to predict hidden words of a caption from a
+picture, so a pair is scored by how much the picture helps: the mean log-likelihood of the caption's tokens given
+the picture, minus that given a picture whose patches are all hidden. Every token is hidden once, in two passes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from beitctl.api import Example, Tools
+from beitctl.checkpoints.native import Stored, fit
+from beitctl.engine.learner import HALF, normalise
+from beitctl.errors import UserError
+from beitctl.model.attention import Layout
+from beitctl.model.multiway import Multiway, Packed
+from beitctl.model.plan import plan_of
+from beitctl_plugins.tasks.preparing import framed, loaded, view_of
+from torch import Tensor, nn
+
+CHUNK = 64
+
+
+@torch.no_grad()
+def pair_scores(stored: Stored, examples: Sequence[Example], tools: Tools, device: torch.device) -> Tensor:
+    """(texts, pictures) scores of every caption with every picture.
+
+    Raises:
+        UserError: the model was not pretrained on text.
+    """
+    if "heads.text_tokens.weight" not in stored.tensors:
+        raise UserError(f"{stored.folder}: no head for text tokens; zero-shot retrieval needs a pretrained model")
+    model = Multiway(stored.model).to(device).eval()
+    fit(stored.tensors, model, "model.", stored.folder)
+    head = nn.Linear(stored.model.width, stored.model.vocabulary).to(device)
+    fit(stored.tensors, head, "heads.text_tokens.", stored.folder)
+    rng = np.random.default_rng(0)
+    pictures = torch.from_numpy(np.stack([view_of(e, rng, tools, (1.0, 1.0)) for e in examples])).to(device)
+    pixels = normalise(pictures, HALF)
+    tokenizer = loaded(tools)
+    ids = [framed(tokenizer.encode(e.captions[0])[: stored.model.text_tokens - 2]) for e in examples]
+    scores = torch.zeros(len(ids), len(ids))
+    for row, text in enumerate(ids):
+        scores[row] = _likelihood(model, head, pixels, text, tokenizer.size - 1)
+        scores[row] -= _likelihood(model, head, pixels[:1], text, tokenizer.size - 1, blind=True)
+    return scores
+
+
+def _likelihood(
+    model: Multiway, head: nn.Module, pixels: Tensor, text: "np.ndarray[tuple[int], np.dtype[np.int64]]",
+    mask_id: int, blind: bool = False,
+) -> Tensor:  # fmt: skip
+    """(pictures,) mean log-likelihood of one caption's tokens."""
+    total = torch.zeros(len(pixels))
+    true = torch.from_numpy(text).to(pixels.device)
+    inner = np.arange(1, len(text) - 1)
+    for hidden in (inner[::2], inner[1::2]):
+        if not len(hidden):
+            continue
+        seen = true.clone()
+        seen[hidden] = mask_id
+        for start in range(0, len(pixels), CHUNK):
+            part = pixels[start : start + CHUNK]
+            plan = plan_of(model.config.patches + 1, 0, [len(text)] * len(part), [])
+            mask = torch.full((len(part), model.config.patches), blind, device=pixels.device)
+            packed = Packed(Layout.of(plan, pixels.device), part, mask, seen.repeat(len(part)))
+            rows = model.encode(packed)[plan.cuts[1] :].view(len(part), len(text), -1)[:, hidden]
+            logits = head(rows).log_softmax(-1)
+            picked = logits.gather(-1, true[hidden].expand(len(part), -1)[:, :, None]).sum((1, 2))
+            total[start : start + CHUNK] += picked.cpu()
+    return total / max(1, len(inner))

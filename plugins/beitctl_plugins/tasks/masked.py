@@ -1,0 +1,151 @@
+"""Masked data modelling on pictures, texts and pairs (BEiT-3, arXiv:2208.10442, section 2.2)."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from beitctl.api import Example, Item, Plugin, Term, Tools
+from beitctl.data.batch import Group
+from beitctl.data.masking import block_mask, text_mask
+from beitctl.engine.losses import masked_cross_entropy
+from beitctl.errors import DataError, UserError
+from pydantic import Field
+from torch import Tensor, nn
+
+from beitctl_plugins.tasks.preparing import caption_of, framed, loaded, window
+
+IMAGE_HEAD = "image_codes"
+TEXT_HEAD = "text_tokens"
+
+
+class MaskedImage(Plugin):
+    """Predict the codes of hidden patches of a picture (BEiT; 40 % hidden in blocks)."""
+
+    layout: ClassVar[Literal["image"]] = "image"
+
+    mask_ratio: float = Field(default=0.4, gt=0, le=1)
+    """Share of the patches that are hidden."""
+    min_block: int = Field(default=16, ge=1)
+    """Smallest block of hidden patches, in patches."""
+
+    def terms(self) -> Mapping[str, Term]:
+        return {"": Term("patch")}
+
+    def heads(self, tools: Tools) -> dict[str, nn.Module]:
+        return {IMAGE_HEAD: nn.Linear(tools.model.width, _tokens(tools).codes)}
+
+    def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
+        return _masked_picture(example, draw, tools, self.mask_ratio, self.min_block)
+
+    def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
+        return {"": masked_cross_entropy(rows[group.patch_rows], group.patch_targets, heads[IMAGE_HEAD])}
+
+
+class MaskedText(Plugin):
+    """Predict hidden tokens of a text (15 %)."""
+
+    layout: ClassVar[Literal["text"]] = "text"
+
+    mask_ratio: float = Field(default=0.15, gt=0, le=1)
+    """Share of the tokens that are hidden; <s> and </s> never are."""
+
+    def terms(self) -> Mapping[str, Term]:
+        return {"": Term("text")}
+
+    def heads(self, tools: Tools) -> dict[str, nn.Module]:
+        return {TEXT_HEAD: nn.Linear(tools.model.width, tools.model.vocabulary)}
+
+    def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
+        tokenizer = loaded(tools)
+        if not example.text:
+            raise DataError(f"{example.id}: no text")
+        ids = framed(window(tokenizer.encode(example.text), tools.model.text_tokens - 2, draw))
+        masked, targets = text_mask(ids, self.mask_ratio, draw, mask_id=tokenizer.size - 1)
+        return Item(text=masked, text_targets=targets)
+
+    def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
+        return {"": masked_cross_entropy(rows[group.text_rows], group.text_targets, heads[TEXT_HEAD])}
+
+
+class MaskedPair(Plugin):
+    """Predict hidden tokens of a caption (50 %) and hidden patches of its picture (40 %) from both together."""
+
+    layout: ClassVar[Literal["pair"]] = "pair"
+
+    text_mask_ratio: float = Field(default=0.5, gt=0, le=1)
+    """Share of the caption's tokens that are hidden."""
+    image_mask_ratio: float = Field(default=0.4, ge=0, le=1)
+    """Share of the patches that are hidden; 0 hides none and drops that loss."""
+    min_block: int = Field(default=16, ge=1)
+    """Smallest block of hidden patches, in patches."""
+    image_weight: float = Field(default=1.0, ge=0)
+    """Weight of the loss on patches beside the loss on the caption's tokens."""
+
+    def terms(self) -> Mapping[str, Term]:
+        found = {"": Term("text")}
+        if self.image_mask_ratio:
+            found["image"] = Term("patch", self.image_weight)
+        return found
+
+    def heads(self, tools: Tools) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {TEXT_HEAD: nn.Linear(tools.model.width, tools.model.vocabulary)}
+        if self.image_mask_ratio:
+            found[IMAGE_HEAD] = nn.Linear(tools.model.width, _tokens(tools).codes)
+        return found
+
+    def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
+        tokenizer = loaded(tools)
+        caption = caption_of(example, draw, tools)
+        ids = framed(tokenizer.encode(caption)[: tools.model.text_tokens - 2])
+        masked, targets = text_mask(ids, self.text_mask_ratio, draw, mask_id=tokenizer.size - 1)
+        picture = _masked_picture(example, draw, tools, self.image_mask_ratio, self.min_block)
+        return Item(
+            image=picture.image,
+            image_mask=picture.image_mask,
+            patch_targets=picture.patch_targets,
+            text=masked,
+            text_targets=targets,
+        )
+
+    def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
+        found = {"": masked_cross_entropy(rows[group.text_rows], group.text_targets, heads[TEXT_HEAD])}
+        if self.image_mask_ratio:
+            found["image"] = masked_cross_entropy(
+                rows[group.patch_rows], group.patch_targets, heads[IMAGE_HEAD]
+            )
+        return found
+
+
+def _tokens(tools: Tools) -> Any:
+    """The token store.
+
+    Raises:
+        UserError: there is none, or it was made for another patch grid.
+    """
+    if tools.tokens is None:
+        raise UserError("this task predicts image codes: set tokens, for example to \"@tokenize-images\"")
+    if tools.tokens.grid != tools.model.grid:
+        raise UserError(
+            f"the token store has {tools.tokens.grid} x {tools.tokens.grid} codes a picture, the model "
+            f"{tools.model.grid} x {tools.model.grid} patches; make image_px / patch_px of both equal"
+        )
+    return tools.tokens
+
+
+def _masked_picture(
+    example: Example, draw: np.random.Generator, tools: Tools, ratio: float, min_block: int
+) -> Item:
+    """One stored view of a picture with some patches hidden, and their codes as targets."""
+    tokens, grid = _tokens(tools), tools.model.grid
+    if example.image is None:
+        raise DataError(f"{example.id}: no picture")
+    crop, codes = tokens.view(example.id, int(draw.integers(tokens.views)))
+    picture = tools.pictures.open(example.image, example.id)
+    mask = np.zeros(grid * grid, np.bool_)
+    if ratio:
+        mask = block_mask(grid, grid, max(1, round(ratio * grid * grid)), draw, min_block=min_block)
+    return Item(
+        image=tools.pictures.crop(picture, crop, tools.model.image_px),
+        image_mask=mask,
+        patch_targets=np.where(mask, codes, -1),
+    )

@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beitctl.data.masking import block_mask, text_mask
+from beitctl.data.order import generator
+from beitctl.errors import UserError
+
+MASK = 99
+IDS = np.array([0, 5, 6, 7, 8, 9, 10, 11, 12, 13, 2])
+
+
+@pytest.fixture(scope="module")
+def ragged():
+    return np.stack([block_mask(14, 14, 75, generator("ragged", i), exact=False) for i in range(3000)])
+
+
+def test_blocks_alone_reach_the_mean_count_of_beit(ragged):
+    assert ragged.sum(1).mean() == pytest.approx(74.47, abs=0.1)
+
+
+def test_blocks_alone_are_exact_as_often_as_in_beit(ragged):
+    assert (ragged.sum(1) == 75).mean() == pytest.approx(0.666, abs=0.03)
+
+
+def test_blocks_alone_have_the_percentiles_of_beit(ragged):
+    assert np.percentile(ragged.sum(1), [1, 5, 25]) == pytest.approx([70, 72, 74], abs=1)
+
+
+def test_blocks_alone_never_exceed_the_count(ragged):
+    assert ragged.sum(1).max() == 75
+
+
+@pytest.mark.parametrize(
+    ("places", "share"),
+    [([0, 13, 182, 195], 0.045), ([6, 7, 188, 189, 84, 97], 0.193), ([90, 91, 104, 105], 0.715)],
+)
+def test_the_mask_is_centre_heavy_as_in_beit(ragged, places, share):
+    assert ragged[:, places].mean() == pytest.approx(share, abs=0.025)
+
+
+@settings(max_examples=150, deadline=None)
+@given(h=st.integers(1, 16), w=st.integers(1, 16), seed=st.integers(0, 10**6), data=st.data())
+def test_the_exact_mask_hides_the_count_on_any_grid(h, w, seed, data):
+    count = data.draw(st.integers(1, h * w))
+    mask = block_mask(h, w, count, generator(seed))
+    assert mask.shape == (h * w,)
+    assert mask.sum() == count
+
+
+@pytest.mark.parametrize("count", [26, 6])
+def test_a_small_grid_is_still_masked_in_blocks(count):
+    mask = block_mask(8, 8, count, generator(0), min_block=4).reshape(8, 8)
+    beside = (mask[:, 1:] & mask[:, :-1]).sum() + (mask[1:] & mask[:-1]).sum()
+    assert beside >= count / 2
+
+
+def test_equal_draws_give_equal_masks():
+    assert (block_mask(14, 14, 75, generator(3)) == block_mask(14, 14, 75, generator(3))).all()
+
+
+def test_more_masked_patches_than_patches_are_refused():
+    with pytest.raises(
+        UserError, match=r"more masked patches \(17\) than patches \(16\); lower the mask ratio"
+    ):
+        block_mask(4, 4, 17, generator(0))
+
+
+def test_no_masked_patch_is_refused():
+    with pytest.raises(UserError, match=r"masked patches \(0\) must be at least 1; raise the mask ratio"):
+        block_mask(4, 4, 0, generator(0))
+
+
+def test_text_targets_are_the_ids_at_the_chosen_places_only():
+    masked, targets = text_mask(IDS, 0.5, generator(1), mask_id=MASK)
+    chosen = targets >= 0
+    assert (targets[chosen] == IDS[chosen]).all()
+    assert (masked[~chosen] == IDS[~chosen]).all()
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0.15, 1), (0.5, 4), (0.01, 1), (1.0, 9)])
+def test_the_share_of_the_ordinary_tokens_is_rounded_and_at_least_one(ratio, count):
+    assert (text_mask(IDS, ratio, generator(0), mask_id=MASK)[1] >= 0).sum() == count
+
+
+def test_special_tokens_are_never_chosen():
+    for seed in range(50):
+        _, targets = text_mask(np.array([0, 3, MASK, 50, 1, 2]), 1.0, generator(seed), mask_id=MASK)
+        assert targets.tolist() == [-1, -1, -1, 50, -1, -1]
+
+
+def test_a_text_of_special_tokens_stays_as_it_is():
+    masked, targets = text_mask(np.array([0, 2]), 0.5, generator(0), mask_id=MASK)
+    assert masked.tolist() == [0, 2]
+    assert targets.tolist() == [-1, -1]
+
+
+def test_four_fifths_are_masked_and_a_tenth_swapped():
+    ids = np.full(20_000, 50)
+    masked, _ = text_mask(ids, 1.0, generator(0), mask_id=MASK)
+    assert (masked == MASK).mean() == pytest.approx(0.8, abs=0.01)
+    assert (masked == 50).mean() == pytest.approx(0.1 + 0.1 / 95, abs=0.01)
+
+
+def test_swapped_tokens_are_ordinary_ids_below_the_mask():
+    masked, _ = text_mask(np.full(5000, 50), 1.0, generator(0), mask_id=60, mask_share=0, random_share=1)
+    assert set(masked.tolist()) == set(range(4, 60))
+
+
+def test_all_chosen_tokens_become_the_mask_if_asked():
+    masked, _ = text_mask(IDS, 1.0, generator(0), mask_id=MASK, mask_share=1, random_share=0)
+    assert masked.tolist() == [0, *[MASK] * 9, 2]
+
+
+def test_the_ids_given_are_not_changed():
+    before = IDS.copy()
+    text_mask(IDS, 1.0, generator(0), mask_id=MASK)
+    assert (before == IDS).all()
+
+
+@pytest.mark.parametrize("ratio", [0, 1.1, float("nan")])
+def test_a_share_of_masked_tokens_outside_of_0_to_1_is_refused(ratio):
+    with pytest.raises(UserError, match=rf"share of masked tokens \({ratio}\) must be above 0 and at most 1"):
+        text_mask(IDS, ratio, generator(0), mask_id=MASK)
+
+
+@pytest.mark.parametrize("shares", [(0.8, 0.3), (-0.1, 0.1)])
+def test_shares_that_do_not_add_up_are_refused(shares):
+    with pytest.raises(UserError, match=r"must add up to at most 1"):
+        text_mask(IDS, 0.5, generator(0), mask_id=MASK, mask_share=shares[0], random_share=shares[1])
+
+
+def test_no_block_spans_the_grid():
+    assert not block_mask(4, 30, 16, generator(0), min_block=16, min_aspect=1, exact=False).any()
