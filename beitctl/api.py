@@ -179,6 +179,10 @@ class Task(Protocol):
         """
         ...
 
+    def output(self, rows: "torch.Tensor", group: "Group", heads: "Mapping[str, nn.Module]") -> Any:
+        """What the task says: ids by unit when pretraining, logits or vectors when fine-tuned."""
+        ...
+
 
 class TextTokenizer(Protocol):
     """Text to ids in the XLM-R layout: <s> 0, <pad> 1, </s> 2, <unk> 3, pieces from 4, <mask> last."""

@@ -9,7 +9,7 @@ from beitctl.errors import PluginError
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "beitctl.stages": ("run", "plan"),
-    "beitctl.tasks": ("heads", "prepare", "loss"),
+    "beitctl.tasks": ("heads", "prepare", "terms", "loss", "output"),
     "beitctl.sources": ("open",),
     "beitctl.tokenizers": ("train",),
     "beitctl.teachers": ("open",),

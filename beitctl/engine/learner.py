@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,9 @@ def normalise(pixels: Tensor, mean_std: tuple[tuple[float, ...], tuple[float, ..
 class MultiwayLearner(nn.Module):
     """A Multiway Transformer with the heads of its objectives."""
 
+    entry_points: ClassVar = ("outputs",)
+    """Methods besides ``forward`` that FSDP gathers the weights for."""
+
     def __init__(self, model: Multiway, objectives: Sequence[Objective], tools: "Mapping[str, Tools]") -> None:
         super().__init__()
         self.model = model
@@ -90,6 +93,11 @@ class MultiwayLearner(nn.Module):
             found = objective.task.loss(rows, batch.groups[objective.name], self.heads)
             sums |= {objective.term(short): pair for short, pair in found.items()}
         return sums
+
+    def outputs(self, batch: "Batch") -> dict[str, Any]:
+        """What every task says of its part of a batch, by objective."""
+        rows = self.encode(batch)
+        return {o.name: o.task.output(rows, batch.groups[o.name], self.heads) for o in self.objectives}
 
     def counts(self, batch: "Batch") -> dict[str, float]:
         """Predictions of every term in a batch."""

@@ -5,7 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from beitctl.engine.dist import Ranks
@@ -57,6 +62,8 @@ def sharded(build: Callable[[], nn.Module], ranks: Ranks, precision: str, initia
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    for method in getattr(module, "entry_points", ()):
+        register_fsdp_forward_method(module, method)
     module.to_empty(device=ranks.device)
     fill(module, initial)
     return module

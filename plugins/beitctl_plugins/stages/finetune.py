@@ -58,12 +58,11 @@ class Finetune(Plugin):
         from beitctl.checkpoints.native import read_model
         from beitctl.engine import dist
 
-        for method in ("output", "score"):
-            if not callable(getattr(self.task, method, None)):
-                raise UserError(
-                    f"a task without {method}() can be pretrained with but not fine-tuned to; use one of "
-                    "classification, retrieval"
-                )
+        if not callable(getattr(self.task, "score", None)):
+            raise UserError(
+                f"{_kind(self.task)} is for pretraining: it has no score() to measure a fine-tuned model with; "
+                "use classification or retrieval"
+            )
         ranks = dist.start()
         stored = read_model(job.path(self.init))
         self._check_share(ranks)

@@ -117,6 +117,5 @@ def outputs(learner: MultiwayLearner, stream: Stream, ranks: Ranks, size: int = 
     said = []
     items = {stream.name: (task, [item for _, item in found])}
     for batch in batches(items, learner.model.config, size, Place()):
-        moved = batch.to(ranks.device)
-        said.append(task.output(learner.encode(moved), moved.groups[stream.name], learner.heads))
+        said.append(learner.outputs(batch.to(ranks.device))[stream.name])
     return [example for example, _ in found], said

@@ -23,28 +23,30 @@ def reconstructions(
     """Original, masked, and what the predicted codes stand for; captions with their hidden words filled in."""
     learner.eval()
     patches = _patches(tokens)
-    for objective in learner.objectives:
-        stream = held[objective.name]
-        found = list(prepared(stream, 0, SHOWN))
-        items = [item for _, item in found]
-        config = learner.model.config
-        batch = collate([Portion(stream.name, stream.task.layout, items)], config.image_px, config.patch_px)
-        rows = learner.encode(batch.to(ranks.device))
-        group = batch.groups[stream.name]
-        if len(group.patch_rows) and patches is not None:
-            codes = learner.heads["image_codes"](rows[group.patch_rows]).argmax(-1).cpu().numpy()
-            sheet = [_picture_row(item, part, patches) for item, part in zip(items, _split(items, codes), strict=True)]
-            job.log.figure(
-                f"masked-{objective.name}",
-                figures.gallery(sheet, ("original", "what the model sees", "what it predicts", "right codes")),
-                f"Hidden patches, objective '{objective.name}'",
-                "The model sees the second column and predicts a code for every hidden patch. The third column "
-                "draws for each predicted code the training patch that stands for it; the fourth does the same "
-                "for the right codes, and is the best that can be reached.",
-            )
-        if len(group.text_rows):
-            words = learner.heads["text_tokens"](rows[group.text_rows]).argmax(-1).cpu().numpy()
-            _texts(items, words, stream, objective.name, job)
+    config = learner.model.config
+    items = {name: [item for _, item in prepared(stream, 0, SHOWN)] for name, stream in held.items()}
+    portions = [Portion(name, stream.task.layout, items[name]) for name, stream in held.items()]
+    said = learner.outputs(collate(portions, config.image_px, config.patch_px).to(ranks.device))
+    for name, stream in held.items():
+        guesses = {unit: ids.cpu().numpy() for unit, ids in said[name].items()}
+        if patches is not None and len(guesses.get("patch", ())):
+            _pictures(name, items[name], guesses["patch"], patches, job)
+        if len(guesses.get("text", ())):
+            _texts(items[name], guesses["text"], stream, name, job)
+
+
+def _pictures(
+    name: str, items: Sequence[Any], codes: "np.ndarray[Any, Any]", patches: "np.ndarray[Any, Any]", job: Job
+) -> None:
+    rows = [_picture_row(item, part, patches) for item, part in zip(items, _split(items, codes), strict=True)]
+    job.log.figure(
+        f"masked-{name}",
+        figures.gallery(rows, ("original", "what the model sees", "what it predicts", "right codes")),
+        f"Hidden patches, objective '{name}'",
+        "The model sees the second column and predicts a code for every hidden patch. The third column draws for "
+        "each predicted code the training patch that stands for it; the fourth does the same for the right codes, "
+        "and is the best that can be reached.",
+    )
 
 
 def _patches(tokens: Path | None) -> "np.ndarray[Any, Any] | None":

@@ -40,6 +40,10 @@ class MaskedImage(Plugin):
     def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
         return {"": masked_cross_entropy(rows[group.patch_rows], group.patch_targets, heads[IMAGE_HEAD])}
 
+    def output(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Predicted codes (m,) of the hidden patches."""
+        return {"patch": heads[IMAGE_HEAD](rows[group.patch_rows]).argmax(-1)}
+
 
 class MaskedText(Plugin):
     """Predict hidden tokens of a text (15 %)."""
@@ -65,6 +69,10 @@ class MaskedText(Plugin):
 
     def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
         return {"": masked_cross_entropy(rows[group.text_rows], group.text_targets, heads[TEXT_HEAD])}
+
+    def output(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Predicted ids (m,) of the hidden tokens."""
+        return {"text": heads[TEXT_HEAD](rows[group.text_rows]).argmax(-1)}
 
 
 class MaskedPair(Plugin):
@@ -113,6 +121,13 @@ class MaskedPair(Plugin):
             found["image"] = masked_cross_entropy(
                 rows[group.patch_rows], group.patch_targets, heads[IMAGE_HEAD]
             )
+        return found
+
+    def output(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Predicted ids of the hidden tokens and codes of the hidden patches."""
+        found = {"text": heads[TEXT_HEAD](rows[group.text_rows]).argmax(-1)}
+        if self.image_mask_ratio:
+            found["patch"] = heads[IMAGE_HEAD](rows[group.patch_rows]).argmax(-1)
         return found
 
 

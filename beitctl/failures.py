@@ -1,0 +1,78 @@
+"""What an exception means to the person at the terminal: the exit code, and one line of text."""
+
+import errno
+import os
+import sys
+import traceback
+
+from beitctl.errors import BeitctlError, Interrupted, Stopped
+
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that an exception ends the program with; ``beitctl.errors`` lists them."""
+    if isinstance(error, BeitctlError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, OSError) and error.errno in READ_ONLY:
+        return 2
+    if (isinstance(error, OSError) and error.errno in FULL) or _out_of_memory(error):
+        return 5
+    return 1
+
+
+def status(error: BaseException) -> str:
+    """``stopped`` for a run that can go on later, else ``failed``."""
+    return "stopped" if isinstance(error, Stopped | KeyboardInterrupt | SystemExit) else "failed"
+
+
+def message(error: BaseException) -> str:
+    """What happened and what to do, without a traceback."""
+    if isinstance(error, BeitctlError) and type(error) is not BeitctlError:
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on from the last checkpoint"
+    if isinstance(error, OSError) and error.errno in READ_ONLY:
+        return (
+            f"{error.filename or 'a folder'}: {error.strerror}; choose a folder that can be written with "
+            "--out or BEITCTL_RUNS"
+        )
+    if isinstance(error, OSError) and error.errno in FULL:
+        return (
+            f"{error.filename or 'the disk'}: {error.strerror}; free some space, then give the same command "
+            "again: it goes on from the last checkpoint"
+        )
+    if _out_of_memory(error):
+        return (
+            f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+            "use a smaller train.micro_samples or a smaller model"
+        )
+    return f"{type(error).__name__}: {error} (a fault of beitctl or of a plugin: run again with --debug)"
+
+
+def show(error: BaseException) -> int:
+    """Tell stderr about an exception, once over all processes where they agree; returns the exit code."""
+    code, rank = exit_code(error), os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    silent = isinstance(error, SystemExit | BrokenPipeError) or (rank != "0" and status(error) == "stopped")
+    if not silent:
+        if os.environ.get("BEITCTL_DEBUG", "") not in ("", "0"):
+            sys.stderr.write("".join(traceback.format_exception(error)))
+        where = "" if rank == "0" else f" (rank {rank})"
+        sys.stderr.write("".join(f"error{where}: {line}\n" for line in _lines(error)))
+        sys.stderr.flush()
+    return code
+
+
+def _lines(error: BaseException) -> list[str]:
+    problems = getattr(error, "problems", None)
+    return list(problems) if isinstance(problems, list) and problems else [message(error)]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """MemoryError, and torch's own by name, so that torch need not be imported."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -1,0 +1,355 @@
+"""Running the tables of a recipe: what is done already, what goes on, what begins, and in which order.
+
+With several processes rank 0 decides and writes; the others follow what it says.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from beitctl import failures, runs
+from beitctl.api import Job
+from beitctl.errors import BeitctlError, RecipeError, UserError
+from beitctl.recipe import Recipe, StageTable
+from beitctl.report.events import EventLog, plain
+from beitctl.runs import Identity, Run, Workplace
+
+
+class Ranks(Protocol):
+    """The processes of this job, as far as this module cares; ``beitctl.engine.dist`` has the real ones."""
+
+    @property
+    def main(self) -> bool: ...
+    @property
+    def world(self) -> int: ...
+    def broadcast_object(self, value: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The only process of a job."""
+
+    main: bool = True
+    world: int = 1
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+
+class Elsewhere(SystemExit):
+    """Rank 0 failed and has said why; this process ends with the same exit code."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How tables are run; from the command line."""
+
+    root: Path
+    """Folder of the recipe: runs are ``root / key / <time>-<hash8>``."""
+    out: Path | None = None
+    """Exact run folder of the one table that was asked for."""
+    resume: bool = True
+    """Whether a run that did not finish is continued, and one that did is used."""
+    json: bool = False
+    quiet: bool = False
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What rank 0 decided about a table."""
+
+    key: str
+    folder: str
+    run: bool
+    """Whether it is run now; else it is done."""
+    resume: bool = False
+    id: str = ""
+    inputs: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Pipeline:
+    """One use of a recipe. Every process makes one and calls the same methods."""
+
+    recipe: Recipe
+    options: Options
+    ranks: Ranks = field(default_factory=Alone)
+    write_page: Callable[[Path], Any] | None = None
+    """Writes the report of a run folder."""
+    ended: bool = False
+    """Whether the last record on stdout is an end event."""
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Run folders of the tables that are done, in the order in which they were."""
+    _place: Workplace | None = None
+
+    def stage(self, keys: Sequence[str]) -> None:
+        """Run tables, and before each what it refers to and is not there yet."""
+        for key in keys:
+            self._parents(key)
+            ticket = self._obtain(key, wanted=True)
+            if not ticket.run:
+                self._say(f"already done: {ticket.folder}")
+                self._replay(Path(ticket.folder))
+
+    def everything(self, until: str | None = None) -> None:
+        """Run all tables in order, up to and including ``until``, except those that are done."""
+        keys = list(self.recipe.tables)
+        if until is not None and until not in keys:
+            raise UserError(f"--until {until}: {self.recipe.name} has the tables {', '.join(keys)}")
+        _check_summary(self.recipe)
+        for key in keys[: keys.index(until) + 1] if until else keys:
+            ticket = self._obtain(key, wanted=True)
+            if not ticket.run:
+                self._say(f"{key}: cached, {ticket.folder}")
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers that the recipe's [summary] picks from the tables that are done; all without one."""
+        metrics = {key: run.metrics for key, folder in self.folders.items() if (run := runs.read(folder))}
+        found = _picked(self.recipe.summary, metrics, "summary") if self.recipe.summary else metrics
+        return found or {}
+
+    def _parents(self, key: str) -> None:
+        for parent in self.recipe.tables[key].references:
+            if parent in self.folders:
+                continue
+            self._parents(parent)
+            self._obtain(parent, wanted=False, child=key)
+
+    def _obtain(self, key: str, *, wanted: bool, child: str = "") -> Ticket:
+        """Have a table done: find its run, go on with it, or make a new one."""
+        table = self.recipe.tables[key]
+        ticket = Ticket(**self._share(lambda: vars(self._decide(table, wanted))))
+        if ticket.run:
+            if not wanted:
+                self._say(f"[{child}] needs [{key}], which has no finished run: running that first")
+            self._perform(table, ticket)
+        self.folders[key] = Path(ticket.folder)
+        return ticket
+
+    def _share(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What rank 0 decides, on all ranks; an error there ends all, and only rank 0 says why."""
+        if self.ranks.world == 1:
+            return decide()
+        answer: dict[str, Any] = {}
+        if self.ranks.main:
+            try:
+                answer = {"value": decide()}
+            except (BeitctlError, OSError) as error:
+                self.ranks.broadcast_object({"exit": failures.exit_code(error)})
+                raise
+        answer = self.ranks.broadcast_object(answer)
+        if "exit" in answer:
+            raise Elsewhere(answer["exit"])
+        value: dict[str, Any] = answer["value"]
+        return value
+
+    def _decide(self, table: StageTable, wanted: bool) -> Ticket:
+        """Find or make the run folder of a table, and lock it if there is something to do."""
+        parents = {key: self._parent(key) for key in table.references}
+        identity = runs.identify(table, parents)
+        exact = self.options.out if wanted else None
+        if exact is not None:
+            run = self._exact(exact, table, identity, parents)
+        else:
+            run = self._usual(table, identity, wanted)
+        if run is not None and run.ok:
+            return Ticket(table.key, str(run.folder), run=False, id=str(run.manifest.get("id", "")))
+        if run is not None:
+            folder = run.folder
+        elif exact is not None:
+            folder = exact
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = runs.new_folder(self.options.root / table.key, identity)
+        self._place = Workplace(folder)
+        facts = runs.facts(
+            table, self.recipe.name, identity, parents, command=self.options.command, world=self.ranks.world
+        )
+        runs.write_file(folder / "recipe.toml", self.recipe.text)
+        self._place.begin(table, facts)
+        inputs = {f"@{key}": str(parent.folder) for key, parent in parents.items()}
+        return Ticket(table.key, str(folder), True, run is not None, str(facts["id"]), inputs)
+
+    def _parent(self, key: str) -> Run:
+        run = runs.read(self.folders[key])
+        if run is None:
+            raise UserError(f"{self.folders[key]}: the manifest of the run of [{key}] is gone; run it again")
+        return run
+
+    def _usual(self, table: StageTable, identity: Identity, wanted: bool) -> Run | None:
+        """The run of a table to use or to go on with, at the usual place."""
+        if wanted and not self.options.resume:
+            return None
+        found = runs.find(self.options.root / table.key, table.key)
+        if not wanted and self.options.out is not None:
+            found += runs.find(self.options.out.resolve().parent, table.key)
+        found = [run for run in found if run.manifest["config_hash"] == identity.config]
+        if not wanted:
+            found.sort(key=lambda run: not run.ok)  # any finished run will do, the newest first
+            return found[0] if found else None
+        if not found or (found[0].ok and found[0].manifest["fingerprint"] != identity.fingerprint):
+            return None
+        return found[0]
+
+    def _exact(
+        self, folder: Path, table: StageTable, identity: Identity, parents: Mapping[str, Run]
+    ) -> Run | None:
+        """The run in the folder of --out, if there is one and it is the same."""
+        run = runs.read(folder)
+        if run is None:
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"--out {folder}: is a file; name a folder")
+            if folder.is_dir() and any(path.name != runs.LOCK for path in folder.iterdir()):
+                raise UserError(f"--out {folder}: holds files but no run; name a new or an empty folder")
+            return None
+        if not self.options.resume:
+            raise UserError(
+                f"--out {folder}: holds a run already; with --no-resume name a new folder, or leave out "
+                "--no-resume to go on with it"
+            )
+        runs.refuse_other(run, table, identity, parents)
+        if run.ok and run.manifest["fingerprint"] != identity.fingerprint:
+            self._say(f"{folder}: was made by another version of the code; to run again use another --out")
+        return run
+
+    def _perform(self, table: StageTable, ticket: Ticket) -> None:
+        """Run a stage in its folder and record how it ended."""
+        folder = Path(ticket.folder)
+        self.ended = False
+        log = EventLog(
+            folder,
+            stage=table.stage,
+            recipe=self.recipe.name,
+            run=ticket.id,
+            json_stdout=self.options.json,
+            quiet=self.options.quiet,
+            active=self.ranks.main,
+        )
+        job = Job(folder, log, {ref: Path(path) for ref, path in ticket.inputs.items()}, ticket.resume)
+        with log:
+            try:
+                if self.ranks.main:
+                    self._say(f"{table.key}: {'going on with' if ticket.resume else 'running in'} {folder}")
+                    log.start(table.plugin.plan())
+                metrics = plain(table.plugin.run(job))
+            except BaseException as error:
+                self._failed(log, error)
+                raise
+            self._finished(log, "ok", 0, metrics)
+
+    def _failed(self, log: EventLog, error: BaseException) -> None:
+        """Record an error as well as the disk still allows; the error itself is what matters."""
+        try:
+            self._finished(log, failures.status(error), failures.exit_code(error), {})
+        except OSError as second:
+            self._say(f"the record of this failure is incomplete: {second}")
+
+    def _finished(self, log: EventLog, status: str, code: int, metrics: Any) -> None:
+        if self._place is None:
+            return  # not rank 0
+        try:
+            self._place.end(status, code, metrics)
+            page = self._page(log)
+            log.end(status, code, metrics, report=page)
+            self.ended = True
+        finally:
+            self._place.close()
+            self._place = None
+
+    def _page(self, log: EventLog) -> str | None:
+        if self.write_page is None:
+            return None
+        try:
+            self.write_page(log.folder)
+        except Exception as error:  # a page must never fail a run that is done
+            text = f"the report could not be written: {type(error).__name__}: {error}"
+            log.warning("W401", text, "the run itself is complete; events.jsonl holds all numbers")
+            return None
+        return "report.html"
+
+    def _replay(self, folder: Path) -> None:
+        """The end event of a run that was done before, for scripts that read stdout."""
+        run = runs.read(folder)
+        if self.options.json and self.ranks.main and run is not None:
+            keys = ("id", "stage", "recipe")
+            name, stage, recipe = (run.manifest.get(key) for key in keys)
+            end = {"run": name, "recipe": recipe, "dir": str(folder), "status": "ok", "exit": 0}
+            write_event("end", stage=stage, **end, cached=True, metrics=run.metrics, report="report.html")
+            self.ended = True
+
+    def _say(self, text: str) -> None:
+        if self.ranks.main and not self.options.quiet:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+def write_event(event: str, **fields: Any) -> None:
+    """Write a record to stdout that belongs to no log of a run."""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    sys.stdout.write(json.dumps({"v": 1, "event": event, "time": time, **plain(fields)}) + "\n")
+    sys.stdout.flush()
+
+
+def write_summary(pipeline: Pipeline, write_page: Callable[[Path, Sequence[Path]], Any]) -> dict[str, Any]:
+    """Write ``summary.json`` and the report of all tables into the recipe's folder; returns the summary.
+
+    Raises:
+        RecipeError: [summary] names a number that a stage did not return.
+    """
+    root, summary = pipeline.options.root, pipeline.summary()
+    runs.write_file(root / "summary.json", json.dumps(summary, indent=2) + "\n")
+    try:
+        write_page(root, list(pipeline.folders.values()))
+    except Exception as error:  # a page must never fail what is done
+        sys.stderr.write(f"warning: the report could not be written: {type(error).__name__}: {error}\n")
+    return summary
+
+
+def _check_summary(recipe: Recipe) -> None:
+    """Find references of [summary] to tables that do not exist before anything runs."""
+    problems = []
+    for name, value in _entries(recipe.summary, "summary"):
+        key = value.removeprefix("@").partition(":")[0] if isinstance(value, str) else ""
+        if not (isinstance(value, str) and value.startswith("@") and key in recipe.tables):
+            known = ", ".join(f"@{key}" for key in recipe.tables)
+            problems.append(f"{recipe.path}: {name} is {value!r}; it must be one of {known}, then :path.to.number")
+    if problems:
+        raise RecipeError(problems)
+
+
+def _entries(table: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in table.items():
+        full = f"{prefix}.{name}"
+        found += _entries(value, full) if isinstance(value, Mapping) else [(full, value)]
+    return found
+
+
+def _picked(table: Mapping[str, Any], metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    found = {}
+    for name, value in table.items():
+        full = f"{prefix}.{name}"
+        if isinstance(value, Mapping):
+            if inner := _picked(value, metrics, full):
+                found[name] = inner
+            continue
+        key, _, path = str(value).removeprefix("@").partition(":")
+        if key in metrics:
+            found[name] = _number(metrics[key], path, f"{full} = {value!r}")
+    return found
+
+
+def _number(metrics: Any, path: str, where: str) -> Any:
+    for part in path.split(".") if path else []:
+        if not isinstance(metrics, Mapping) or part not in metrics:
+            there = ", ".join(metrics) if isinstance(metrics, Mapping) else json.dumps(metrics)
+            raise RecipeError([f"{where}: no '{part}'; there is {there}"])
+        metrics = metrics[part]
+    return metrics
+

@@ -1,0 +1,341 @@
+"""Recipes: TOML files with one table per stage, found by name, changed by ``--set``, checked as a whole."""
+
+import copy as copying
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tomlkit.exceptions import TOMLKitError
+
+from beitctl import registry
+from beitctl.api import Stage
+from beitctl.errors import PluginError, RecipeError, UserError
+from beitctl.problems import explain, field_names, shown, suggest
+from beitctl.toml_places import Keys, dotted_key, places
+
+STAGES = "beitctl.stages"
+FOLDERS = "BEITCTL_RECIPES"
+"""Environment variable with folders of recipes, searched before the bundled ones."""
+DEFAULT = "beitctl.toml"
+"""Recipe in the current folder that is taken when none is named."""
+OWN_TABLES = ("recipe", "summary")
+_TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Meta(BaseModel):
+    """The table ``[recipe]``: what the recipe is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    summary: str
+    """One sentence."""
+    needs: str = ""
+    """Hardware, data and time that it takes."""
+    tags: list[str] = []
+    """Words to find it by."""
+    published: dict[str, Any] = {}
+    """The numbers to expect, and where they were published."""
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """One table of a recipe: a stage with its settings."""
+
+    key: str
+    """``pretrain``, or ``finetune.retrieval`` for a named table."""
+    stage: str
+    """Name of the stage."""
+    table: dict[str, Any]
+    """The settings after ``--set``."""
+    plugin: Stage
+    """The stage with its settings, checked."""
+    references: tuple[str, ...]
+    """Keys of the earlier tables whose results it reads, without the ``@``."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that validates."""
+
+    name: str
+    path: Path
+    text: str
+    """The file as it is, without ``--set``."""
+    tables: dict[str, StageTable]
+    """Stage tables by key, in the order of the file."""
+    meta: dict[str, Any]
+    """The table ``[recipe]`` with its defaults."""
+    summary: dict[str, Any]
+    """The table ``[summary]``."""
+
+
+def load(name_or_path: str | None, overrides: Sequence[str] = (), *, stage: str | None = None) -> Recipe:
+    """Read a recipe, apply the overrides, check everything.
+
+    Args:
+        name_or_path: a name, a path, or None for ``beitctl.toml`` in the current folder.
+        overrides: ``KEY=VALUE`` sets, ``KEY+=VALUE`` appends to a list, ``KEY=!`` removes. VALUE is TOML, or a
+            text if it is no TOML.
+        stage: a stage whose table the keys of overrides may leave out.
+
+    Raises:
+        RecipeError: every problem there is, one line each.
+        UserError: there is no such recipe.
+    """
+    path = _default() if name_or_path is None else find(name_or_path)
+    text = _read(path)
+    draft = Draft(path, _parsed(text, path), places(text))
+    for override in overrides:
+        draft.override(override, stage)
+    tables, meta, summary = _checked(draft)
+    draft.raise_problems()
+    return Recipe(path.stem, path, text, tables, meta, summary)
+
+
+def names() -> list[str]:
+    """Names of the recipes in the folders of ``$BEITCTL_RECIPES`` and of those that come with beitctl."""
+    return sorted({path.stem for folder in _folders() for path in folder.glob("*.toml")})
+
+
+def find(name: str) -> Path:
+    """File of a recipe: a path as it is, a name in ``$BEITCTL_RECIPES``, then among the bundled ones.
+
+    Raises:
+        UserError: no such file or name.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix == ".toml":
+        raise UserError(f"{path}: no such recipe file")
+    for folder in _folders():
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    known = names()
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f", did you mean '{close[0]}'?" if close else "."
+    raise UserError(f"no recipe '{name}'{hint} There are {', '.join(known) or 'none'}; a file ends in .toml")
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a whole recipe with the stages that are installed, for editors."""
+    definitions: dict[str, Any] = {}
+    properties: dict[str, Any] = {
+        "recipe": _hoisted(Meta.model_json_schema(), {}, definitions),
+        "summary": {"type": "object", "description": "Numbers of the summary: '@TABLE:path.to.metric' each."},
+    }
+    for name in registry.names(STAGES):
+        try:
+            found = registry.get(STAGES, name).model_json_schema()
+        except PluginError:
+            continue  # a broken plugin cannot be offered to the editor
+        definitions[f"stage.{name}"] = _hoisted(found, {}, definitions)
+        one = {"$ref": f"#/$defs/stage.{name}"}
+        properties[name] = {"anyOf": [one, {"type": "object", "additionalProperties": one}]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "beitctl recipe",
+        "type": "object",
+        "properties": properties,
+        "required": ["recipe"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }
+
+
+def copy(source: str, target: Path, overrides: Sequence[str] = (), *, force: bool = False) -> None:
+    """Write a recipe to a file of one's own, comments kept, with the overrides in it.
+
+    Raises:
+        RecipeError: the recipe with these overrides does not validate.
+        UserError: no such recipe, or ``target`` exists and ``force`` is not set.
+    """
+    recipe = load(source, overrides)
+    if target.exists() and not force:
+        raise UserError(f"{target} exists already; choose another name, or overwrite it with --force")
+    document = tomlkit.parse(recipe.text)
+    for override in overrides:
+        change = read(override, tomlkit_value)
+        apply(document, change.keys, change)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(tomlkit.dumps(document), encoding="utf-8")
+
+
+def _default() -> Path:
+    path = Path(DEFAULT)
+    if not path.is_file():
+        raise UserError(
+            f"no recipe named and no {DEFAULT} here; use --recipe NAME, one of {', '.join(names()) or 'none'}, "
+            f"or --recipe FILE, or make your own with: beitctl recipes copy NAME {DEFAULT}"
+        )
+    return path
+
+
+def _folders() -> list[Path]:
+    """Folders of recipes, the user's before the bundled one."""
+    own = [Path(folder).expanduser() for folder in os.environ.get(FOLDERS, "").split(os.pathsep) if folder]
+    for folder in own:
+        if not folder.is_dir():
+            raise UserError(f"{FOLDERS}: {folder} is no folder; correct the variable or unset it")
+    return [*own, _bundled()]
+
+
+def _bundled() -> Path:
+    """Folder of the recipes that come with beitctl: in the package once installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError([f"{path}  is no UTF-8 text (byte {error.start}); save it as UTF-8"]) from None
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message, line, column = str(error), text.count("\n") + 1, 1
+        if found := re.search(r" \(at line (\d+), column (\d+)\)$", message):
+            message, line, column = message[: found.start()], int(found[1]), int(found[2])
+        raise RecipeError([f"{path}:{line}:{column}  no valid TOML: {message}"]) from None
+
+
+def _checked(draft: Draft) -> tuple[dict[str, StageTable], dict[str, Any], dict[str, Any]]:
+    """Validate everything; problems go to the draft."""
+    meta: dict[str, Any] = {}
+    try:
+        meta = Meta.model_validate(draft.data.get("recipe", {})).model_dump()
+    except ValidationError as error:
+        for keys, message in explain(error, Meta, draft.data.get("recipe", {})):
+            draft.problem(("recipe", *keys), message)
+    found = {
+        key: stage for stage in draft.data if stage not in OWN_TABLES for key in _stage_keys(draft, stage)
+    }
+    order = {key: draft.places.get(key, (len(draft.places), 0)) for key in found}
+    keys = sorted(found, key=order.__getitem__)
+    known = [dotted(key) for key in keys]
+    tables = {}
+    for number, key in enumerate(keys):
+        references = _references(draft, key, known, number)
+        plugin = _validated(draft, key, found[key])
+        if plugin is not None:
+            table = copying.deepcopy(_value(draft.data, key))
+            tables[dotted(key)] = StageTable(dotted(key), found[key], table, plugin, references)
+    if not set(draft.data) - set(OWN_TABLES):
+        draft.problem(
+            (), f"no stage; add a table such as [pretrain], one of {', '.join(registry.names(STAGES))}"
+        )
+    summary = draft.data.get("summary", {})
+    _check_summary(draft, ("summary",), summary, known)
+    return tables, meta, summary
+
+
+def _stage_keys(draft: Draft, stage: str) -> list[Keys]:
+    """Tables of one top-level key; none, and a problem, if it is no table of a usable stage."""
+    if not isinstance(draft.data[stage], dict):
+        draft.problem((stage,), f"must be a table, found {shown(draft.data[stage])}")
+        return []
+    installed = registry.names(STAGES)
+    if stage not in installed:
+        draft.problem((stage,), f"unknown stage{suggest(stage, [*installed, *OWN_TABLES])}")
+        return []
+    try:
+        model = registry.get(STAGES, stage)
+    except PluginError as error:
+        draft.problem((stage,), str(error))
+        return []
+    keys = draft.stage_keys(stage, field_names(model))
+    for key in keys:
+        if not _TABLE_NAME.fullmatch(str(key[-1])):
+            draft.problem(key, "must be named by letters, digits, - and _: the name becomes a folder")
+    return keys
+
+
+def _validated(draft: Draft, key: Keys, stage: str) -> Stage | None:
+    model, table = registry.get(STAGES, stage), _value(draft.data, key)
+    try:
+        plugin: Stage = model.model_validate(table)
+    except ValidationError as error:
+        for keys, message in explain(error, model, table):
+            draft.problem((*key, *keys), message)
+        return None
+    return plugin
+
+
+def _references(draft: Draft, key: Keys, known: list[str], number: int) -> tuple[str, ...]:
+    """Keys of the tables that a table refers to; they must come before it, the ``number``-th of ``known``."""
+    found = {}
+    for keys, value in _texts(_value(draft.data, key), key):
+        name = value[1:]
+        if not value.startswith("@"):
+            continue
+        if name in known[:number]:
+            found[name] = None
+        elif name in known:
+            draft.problem(
+                keys, f"'{value}' is not earlier in the recipe; move [{name}] before [{dotted(key)}]"
+            )
+        else:
+            draft.problem(keys, f"no table '{name}' to refer to{suggest(name, known[:number])}")
+    return tuple(found)
+
+
+def _check_summary(draft: Draft, keys: Keys, value: Any, known: list[str]) -> None:
+    """Check that every value is ``@TABLE:path`` of a table that is there."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_summary(draft, (*keys, key), inner, known)
+        return
+    table, colon, path = str(value).removeprefix("@").partition(":")
+    if not isinstance(value, str) or not value.startswith("@") or not colon or not path:
+        draft.problem(keys, f"must be '@TABLE:path.to.metric', found {shown(value)}")
+    elif table not in known:
+        draft.problem(keys, f"no table '{table}'{suggest(table, known)}")
+
+
+def _texts(value: Any, keys: Keys) -> Iterator[tuple[Keys, str]]:
+    """Every text in a value, with its keys."""
+    if isinstance(value, str):
+        yield keys, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(inner, (*keys, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _texts(inner, (*keys, index))
+
+
+def _value(data: Any, keys: Keys) -> Any:
+    for key in keys:
+        data = data[key]
+    return data
+
+
+def _hoisted(node: Any, scope: Mapping[str, str], definitions: dict[str, Any]) -> Any:
+    """A JSON Schema whose own ``$defs`` moved to ``definitions`` under fresh names."""
+    if isinstance(node, list):
+        return [_hoisted(item, scope, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    local = node.get("$defs", {})
+    moved = {name: f"{name}.{len(definitions) + place}" for place, name in enumerate(local)}
+    scope = {**scope, **{f"#/$defs/{old}": f"#/$defs/{new}" for old, new in moved.items()}}
+    definitions |= dict.fromkeys(moved.values())
+    for name, inner in local.items():
+        definitions[moved[name]] = _hoisted(inner, scope, definitions)
+    rest = {key: value for key, value in node.items() if key != "$defs"}
+    return {
+        key: scope.get(value, value) if key == "$ref" else _hoisted(value, scope, definitions)
+        for key, value in rest.items()
+    }
