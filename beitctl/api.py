@@ -31,6 +31,10 @@ class Plugin(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+GROUP_MARK = "x-beitctl-group"
+"""Key of a JSON Schema that says which group's plugins a table may name."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """Marks a field whose table names a plugin: ``{ kind = "name", ... }``."""
@@ -46,17 +50,14 @@ class Kind:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Any installed plugin of the group, told apart by its ``kind``."""
-        choices = []
-        for name in registry.names(self.group):
-            try:
-                found = registry.get(self.group, name).model_json_schema()
-            except PluginError:
-                continue  # a broken plugin cannot be offered to the editor
-            found["properties"] = {"kind": {"const": name}} | found.get("properties", {})
-            found["required"] = ["kind", *found.get("required", [])]
-            choices.append(found)
-        return {"anyOf": choices} if choices else {"type": "object"}
+        """A table with an installed name as its ``kind``; ``beitctl.recipe.schema`` adds the fields."""
+        names = registry.names(self.group)
+        return {
+            "type": "object",
+            "properties": {"kind": {"enum": names}},
+            "required": ["kind"],
+            GROUP_MARK: self.group,
+        }
 
     def _validate(self, value: Any) -> Any:
         if isinstance(value, Plugin):

@@ -7,7 +7,7 @@ from typing import Any
 
 from beitctl import overrides, registry
 from beitctl.errors import RecipeError
-from beitctl.problems import field_names, shown, suggest
+from beitctl.problems import field_names, suggest
 from beitctl.toml_places import Keys, dotted
 
 STAGES = "beitctl.stages"

@@ -7,7 +7,7 @@ import traceback
 
 from beitctl.errors import BeitctlError, Interrupted, Stopped
 
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -19,7 +19,7 @@ def exit_code(error: BaseException) -> int:
         return Interrupted.exit_code
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if isinstance(error, OSError) and error.errno in READ_ONLY:
+    if isinstance(error, OSError) and error.errno in UNUSABLE:
         return 2
     if (isinstance(error, OSError) and error.errno in FULL) or _out_of_memory(error):
         return 5
@@ -37,10 +37,10 @@ def message(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint"
-    if isinstance(error, OSError) and error.errno in READ_ONLY:
+    if isinstance(error, OSError) and error.errno in UNUSABLE:
         return (
-            f"{error.filename or 'a folder'}: {error.strerror}; choose a folder that can be written with "
-            "--out or BEITCTL_RUNS"
+            f"{error.filename or 'a file'}: {error.strerror}; change its permissions, or choose another "
+            "folder with --out or BEITCTL_RUNS"
         )
     if isinstance(error, OSError) and error.errno in FULL:
         return (
@@ -57,15 +57,21 @@ def message(error: BaseException) -> str:
 
 def show(error: BaseException) -> int:
     """Tell stderr about an exception, once over all processes where they agree; returns the exit code."""
-    code, rank = exit_code(error), os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    silent = isinstance(error, SystemExit | BrokenPipeError) or (rank != "0" and status(error) == "stopped")
+    code, place = exit_code(error), rank()
+    silent = isinstance(error, SystemExit | BrokenPipeError) or (place > 0 and status(error) == "stopped")
     if not silent:
         if os.environ.get("BEITCTL_DEBUG", "") not in ("", "0"):
             sys.stderr.write("".join(traceback.format_exception(error)))
-        where = "" if rank == "0" else f" (rank {rank})"
+        where = f" (rank {place})" if place else ""
         sys.stderr.write("".join(f"error{where}: {line}\n" for line in _lines(error)))
         sys.stderr.flush()
     return code
+
+
+def rank() -> int:
+    """Number of this process among those that torchrun, Slurm or --gpus started."""
+    given = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(given) if given.isdigit() else 0
 
 
 def _lines(error: BaseException) -> list[str]:
@@ -74,5 +80,9 @@ def _lines(error: BaseException) -> list[str]:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """MemoryError, and torch's own by name, so that torch need not be imported."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """MemoryError, and torch's own by their names, so that torch need not be imported."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )

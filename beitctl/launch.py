@@ -55,7 +55,9 @@ def _gpus(env: Mapping[str, str]) -> int:
     return present if visible is None else min(present, len([part for part in visible.split(",") if part]))
 
 
-def run(ranks: int, arguments: Sequence[str], *, module: str = "beitctl", grace: float = GRACE_SECONDS) -> int:
+def run(
+    ranks: int, arguments: Sequence[str], *, module: str = "beitctl", grace: float = GRACE_SECONDS
+) -> int:
     """Start ``python -m beitctl ARGUMENTS`` once per rank and wait.
 
     Returns:
@@ -83,15 +85,21 @@ def run(ranks: int, arguments: Sequence[str], *, module: str = "beitctl", grace:
 
 
 def _wait(children: Sequence["subprocess.Popen[bytes]"], grace: float) -> int:
-    first, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children):
-        failed = [child.returncode for child in children if child.returncode]
-        if failed and not first:
-            first, deadline = _code(failed[0]), time.monotonic() + grace
-        if time.monotonic() > deadline:
+    """Exit code of the first rank that failed for a reason of its own.
+
+    A rank whose peer is gone fails with 1 in the next collective, at times before the peer has quite ended.
+    """
+    failed: dict[int, int] = {}
+    deadline = float("inf")
+    while time.monotonic() < deadline:
+        over = [child.poll() is not None for child in children]
+        failed |= {c.pid: _code(c.returncode) for c in children if c.returncode and c.pid not in failed}
+        if all(over):
             break
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + grace
         time.sleep(POLL_SECONDS)
-    return first or next((_code(c.returncode) for c in children if c.returncode), 0)
+    return next((code for code in failed.values() if code != 1), 1 if failed else 0)
 
 
 def _code(returncode: int) -> int:

@@ -98,6 +98,6 @@ def _step(node: Any, key: str, above: Keys) -> str | int:
         if not key.isdecimal() or int(key) >= len(node):
             raise ValueError(f"'{dotted(above)}' is a list of {len(node)}: '{key}' is no entry, count from 0")
         return int(key)
-    if not isinstance(node, dict):
-        raise ValueError(f"'{dotted(above)}' is {shown(node)}, no table")
-    return key
+    if isinstance(node, dict):
+        return key
+    raise ValueError(f"'{dotted(above)}' is {shown(node)}, no table")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from beitctl import failures, runs
 from beitctl.api import Job
-from beitctl.errors import BeitctlError, RecipeError, UserError
+from beitctl.errors import RecipeError, UserError
 from beitctl.recipe import Recipe, StageTable
 from beitctl.report.events import EventLog, plain
 from beitctl.runs import Identity, Run, Workplace
@@ -102,7 +102,6 @@ class Pipeline:
         keys = list(self.recipe.tables)
         if until is not None and until not in keys:
             raise UserError(f"--until {until}: {self.recipe.name} has the tables {', '.join(keys)}")
-        _check_summary(self.recipe)
         for key in keys[: keys.index(until) + 1] if until else keys:
             ticket = self._obtain(key, wanted=True)
             if not ticket.run:
@@ -140,7 +139,7 @@ class Pipeline:
         if self.ranks.main:
             try:
                 answer = {"value": decide()}
-            except (BeitctlError, OSError) as error:
+            except BaseException as error:
                 self.ranks.broadcast_object({"exit": failures.exit_code(error)})
                 raise
         answer = self.ranks.broadcast_object(answer)
@@ -303,32 +302,15 @@ def write_summary(pipeline: Pipeline, write_page: Callable[[Path, Sequence[Path]
         RecipeError: [summary] names a number that a stage did not return.
     """
     root, summary = pipeline.options.root, pipeline.summary()
-    runs.write_file(root / "summary.json", json.dumps(summary, indent=2) + "\n")
+    text, folders = json.dumps(summary, indent=2) + "\n", list(pipeline.folders.values())
+    if runs.up_to_date(root / "report.html", folders) and (root / "summary.json").read_text() == text:
+        return summary
+    runs.write_file(root / "summary.json", text)
     try:
-        write_page(root, list(pipeline.folders.values()))
+        write_page(root, folders)
     except Exception as error:  # a page must never fail what is done
         sys.stderr.write(f"warning: the report could not be written: {type(error).__name__}: {error}\n")
     return summary
-
-
-def _check_summary(recipe: Recipe) -> None:
-    """Find references of [summary] to tables that do not exist before anything runs."""
-    problems = []
-    for name, value in _entries(recipe.summary, "summary"):
-        key = value.removeprefix("@").partition(":")[0] if isinstance(value, str) else ""
-        if not (isinstance(value, str) and value.startswith("@") and key in recipe.tables):
-            known = ", ".join(f"@{key}" for key in recipe.tables)
-            problems.append(f"{recipe.path}: {name} is {value!r}; it must be one of {known}, then :path.to.number")
-    if problems:
-        raise RecipeError(problems)
-
-
-def _entries(table: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in table.items():
-        full = f"{prefix}.{name}"
-        found += _entries(value, full) if isinstance(value, Mapping) else [(full, value)]
-    return found
 
 
 def _picked(table: Mapping[str, Any], metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -352,4 +334,3 @@ def _number(metrics: Any, path: str, where: str) -> Any:
             raise RecipeError([f"{where}: no '{part}'; there is {there}"])
         metrics = metrics[part]
     return metrics
-

@@ -146,7 +146,7 @@ def _child(hint: Hint, value: Any, part: int | str) -> Hint:
 
 
 def _opened(hint: Hint, value: Any) -> Any:
-    """Class or container behind a type: the plugin that a table names, the part of a union that has fields."""
+    """Class or container behind a type: a table's plugin, the part of a union that has fields."""
     for mark in hint.marks:
         if isinstance(mark, Kind):
             return _plugin(mark, value)

@@ -1,31 +1,29 @@
 """Recipes: TOML files with one table per stage, found by name, changed by ``--set``, checked as a whole."""
 
-import copy as copying
 import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 from pydantic import BaseModel, ConfigDict, ValidationError
-from tomlkit.exceptions import TOMLKitError
 
+from beitctl import overrides as changes
 from beitctl import registry
-from beitctl.api import Stage
+from beitctl.api import GROUP_MARK, Stage
+from beitctl.draft import OWN_TABLES, STAGES, Draft
 from beitctl.errors import PluginError, RecipeError, UserError
 from beitctl.problems import explain, field_names, shown, suggest
-from beitctl.toml_places import Keys, dotted_key, places
+from beitctl.toml_places import Keys, dotted, places
 
-STAGES = "beitctl.stages"
 FOLDERS = "BEITCTL_RECIPES"
 """Environment variable with folders of recipes, searched before the bundled ones."""
 DEFAULT = "beitctl.toml"
 """Recipe in the current folder that is taken when none is named."""
-OWN_TABLES = ("recipe", "summary")
 _TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -81,8 +79,8 @@ def load(name_or_path: str | None, overrides: Sequence[str] = (), *, stage: str 
 
     Args:
         name_or_path: a name, a path, or None for ``beitctl.toml`` in the current folder.
-        overrides: ``KEY=VALUE`` sets, ``KEY+=VALUE`` appends to a list, ``KEY=!`` removes. VALUE is TOML, or a
-            text if it is no TOML.
+        overrides: ``KEY=VALUE`` sets, ``KEY+=VALUE`` appends to a list, ``KEY=!`` removes; VALUE is TOML, or
+            else a text.
         stage: a stage whose table the keys of overrides may leave out.
 
     Raises:
@@ -129,15 +127,14 @@ def schema() -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     properties: dict[str, Any] = {
         "recipe": _hoisted(Meta.model_json_schema(), {}, definitions),
-        "summary": {"type": "object", "description": "Numbers of the summary: '@TABLE:path.to.metric' each."},
+        "summary": {
+            "type": "object",
+            "description": "What goes into summary.json: '@TABLE:path.to.metric' each.",
+        },
     }
-    for name in registry.names(STAGES):
-        try:
-            found = registry.get(STAGES, name).model_json_schema()
-        except PluginError:
-            continue  # a broken plugin cannot be offered to the editor
-        definitions[f"stage.{name}"] = _hoisted(found, {}, definitions)
-        one = {"$ref": f"#/$defs/stage.{name}"}
+    for name, found in _schemas(STAGES):
+        definitions[f"stage-{name}"] = _hoisted(found, {}, definitions)
+        one = {"$ref": f"#/$defs/stage-{name}"}
         properties[name] = {"anyOf": [one, {"type": "object", "additionalProperties": one}]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -162,8 +159,8 @@ def copy(source: str, target: Path, overrides: Sequence[str] = (), *, force: boo
         raise UserError(f"{target} exists already; choose another name, or overwrite it with --force")
     document = tomlkit.parse(recipe.text)
     for override in overrides:
-        change = read(override, tomlkit_value)
-        apply(document, change.keys, change)
+        change = changes.read(override, changes.tomlkit_value)
+        changes.apply(document, change.keys, change)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(tomlkit.dumps(document), encoding="utf-8")
 
@@ -172,8 +169,8 @@ def _default() -> Path:
     path = Path(DEFAULT)
     if not path.is_file():
         raise UserError(
-            f"no recipe named and no {DEFAULT} here; use --recipe NAME, one of {', '.join(names()) or 'none'}, "
-            f"or --recipe FILE, or make your own with: beitctl recipes copy NAME {DEFAULT}"
+            f"no recipe named and no {DEFAULT} here; give --recipe NAME of {', '.join(names()) or 'none'}; "
+            f"or --recipe FILE; or make your own with: beitctl recipes copy NAME {DEFAULT}"
         )
     return path
 
@@ -188,7 +185,7 @@ def _folders() -> list[Path]:
 
 
 def _bundled() -> Path:
-    """Folder of the recipes that come with beitctl: in the package once installed, beside it in a checkout."""
+    """Folder of the recipes that come with beitctl: in the package if installed, beside it in a checkout."""
     package = Path(__file__).parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
@@ -205,7 +202,7 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        message, line, column = str(error), text.count("\n") + 1, 1
+        message, line, column = str(error), text.count("\n") + 1, len(text) - text.rfind("\n")
         if found := re.search(r" \(at line (\d+), column (\d+)\)$", message):
             message, line, column = message[: found.start()], int(found[1]), int(found[2])
         raise RecipeError([f"{path}:{line}:{column}  no valid TOML: {message}"]) from None
@@ -217,21 +214,20 @@ def _checked(draft: Draft) -> tuple[dict[str, StageTable], dict[str, Any], dict[
     try:
         meta = Meta.model_validate(draft.data.get("recipe", {})).model_dump()
     except ValidationError as error:
-        for keys, message in explain(error, Meta, draft.data.get("recipe", {})):
-            draft.problem(("recipe", *keys), message)
+        for inner, message in explain(error, Meta, draft.data.get("recipe", {})):
+            draft.problem(("recipe", *inner), message)
     found = {
         key: stage for stage in draft.data if stage not in OWN_TABLES for key in _stage_keys(draft, stage)
     }
-    order = {key: draft.places.get(key, (len(draft.places), 0)) for key in found}
-    keys = sorted(found, key=order.__getitem__)
-    known = [dotted(key) for key in keys]
+    order = sorted(found, key=lambda key: (key not in draft.places, draft.places.get(key)))
+    known = [dotted(key) for key in order]
     tables = {}
-    for number, key in enumerate(keys):
+    for number, key in enumerate(order):
         references = _references(draft, key, known, number)
         plugin = _validated(draft, key, found[key])
         if plugin is not None:
-            table = copying.deepcopy(_value(draft.data, key))
-            tables[dotted(key)] = StageTable(dotted(key), found[key], table, plugin, references)
+            table = _value(draft.data, key)
+            tables[known[number]] = StageTable(known[number], found[key], table, plugin, references)
     if not set(draft.data) - set(OWN_TABLES):
         draft.problem(
             (), f"no stage; add a table such as [pretrain], one of {', '.join(registry.names(STAGES))}"
@@ -275,7 +271,7 @@ def _validated(draft: Draft, key: Keys, stage: str) -> Stage | None:
 
 def _references(draft: Draft, key: Keys, known: list[str], number: int) -> tuple[str, ...]:
     """Keys of the tables that a table refers to; they must come before it, the ``number``-th of ``known``."""
-    found = {}
+    found: dict[str, None] = {}
     for keys, value in _texts(_value(draft.data, key), key):
         name = value[1:]
         if not value.startswith("@"):
@@ -287,19 +283,21 @@ def _references(draft: Draft, key: Keys, known: list[str], number: int) -> tuple
                 keys, f"'{value}' is not earlier in the recipe; move [{name}] before [{dotted(key)}]"
             )
         else:
-            draft.problem(keys, f"no table '{name}' to refer to{suggest(name, known[:number])}")
+            draft.problem(
+                keys, f"no table '{name}' to refer to{suggest(value, [f'@{n}' for n in known[:number]])}"
+            )
     return tuple(found)
 
 
 def _check_summary(draft: Draft, keys: Keys, value: Any, known: list[str]) -> None:
-    """Check that every value is ``@TABLE:path`` of a table that is there."""
+    """Check that every value is ``@TABLE:path``, a number, or ``@TABLE``, all numbers, of a known table."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _check_summary(draft, (*keys, key), inner, known)
         return
     table, colon, path = str(value).removeprefix("@").partition(":")
-    if not isinstance(value, str) or not value.startswith("@") or not colon or not path:
-        draft.problem(keys, f"must be '@TABLE:path.to.metric', found {shown(value)}")
+    if not isinstance(value, str) or not value.startswith("@") or bool(colon) != bool(path):
+        draft.problem(keys, f"must be '@TABLE:path.to.metric' or '@TABLE', found {shown(value)}")
     elif table not in known:
         draft.problem(keys, f"no table '{table}'{suggest(table, known)}")
 
@@ -322,20 +320,47 @@ def _value(data: Any, keys: Keys) -> Any:
     return data
 
 
+def _schemas(group: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """JSON Schema of every plugin of a group; a broken plugin cannot be offered to the editor."""
+    for name in registry.names(group):
+        try:
+            plugin = registry.get(group, name)
+        except PluginError:
+            continue
+        yield name, plugin.model_json_schema()
+
+
 def _hoisted(node: Any, scope: Mapping[str, str], definitions: dict[str, Any]) -> Any:
-    """A JSON Schema whose own ``$defs`` moved to ``definitions`` under fresh names."""
+    """A JSON Schema whose own ``$defs`` moved to ``definitions``, and with the plugins that it may name.
+
+    ``scope`` maps its references to the moved ones.
+    """
     if isinstance(node, list):
         return [_hoisted(item, scope, definitions) for item in node]
     if not isinstance(node, dict):
         return node
+    if GROUP_MARK in node:
+        return _any_of_group(node[GROUP_MARK], definitions)
     local = node.get("$defs", {})
-    moved = {name: f"{name}.{len(definitions) + place}" for place, name in enumerate(local)}
+    moved = {name: f"{name}-{len(definitions) + place}" for place, name in enumerate(local)}
     scope = {**scope, **{f"#/$defs/{old}": f"#/$defs/{new}" for old, new in moved.items()}}
-    definitions |= dict.fromkeys(moved.values())
+    definitions.update(dict.fromkeys(moved.values()))
     for name, inner in local.items():
         definitions[moved[name]] = _hoisted(inner, scope, definitions)
-    rest = {key: value for key, value in node.items() if key != "$defs"}
     return {
         key: scope.get(value, value) if key == "$ref" else _hoisted(value, scope, definitions)
-        for key, value in rest.items()
+        for key, value in node.items()
+        if key != "$defs"
     }
+
+
+def _any_of_group(group: str, definitions: dict[str, Any]) -> dict[str, str]:
+    """Reference to the definition of a group: any of its plugins, told apart by ``kind``."""
+    if group not in definitions:
+        choices: list[Any] = []
+        definitions[group] = {"anyOf": choices} if registry.names(group) else {"type": "object"}
+        for name, found in _schemas(group):
+            found["properties"] = {"kind": {"const": name}} | found.get("properties", {})
+            found["required"] = ["kind", *found.get("required", [])]
+            choices.append(_hoisted(found, {}, definitions))
+    return {"$ref": f"#/$defs/{group}"}

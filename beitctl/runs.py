@@ -137,6 +137,15 @@ def find(folder: Path, key: str) -> list[Run]:
     return sorted(found, key=lambda run: str(run.manifest.get("started", "")), reverse=True)
 
 
+def up_to_date(page: Path, folders: Sequence[Path]) -> bool:
+    """Whether a file is newer than what happened in some run folders."""
+    try:
+        written = page.stat().st_mtime_ns
+        return all((folder / MANIFEST).stat().st_mtime_ns < written for folder in folders)
+    except FileNotFoundError:
+        return False
+
+
 def new_folder(parent: Path, identity: Identity) -> Path:
     """Make ``parent/<time>-<hash8>``, with the next second where that is taken."""
     while True:
@@ -210,8 +219,8 @@ def _locked(folder: Path) -> BinaryIO:
         holder = file.read().decode(errors="replace").strip() or "unknown"
         file.close()
         raise UserError(
-            f"{folder}: another process (pid {holder}) works on this run; wait for it, stop it, or start another "
-            "run with --no-resume"
+            f"{folder}: another process (pid {holder}) works on this run; wait for it, stop it, or start "
+            "another run with --no-resume"
         ) from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n".encode())

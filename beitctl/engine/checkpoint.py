@@ -1,30 +1,27 @@
 """Checkpoints of a run: written whole or not at all, verified before they are used, free of code.
 
 A checkpoint is a folder ``step-00000500`` with one shard per rank (torch DCP, so that any number of ranks can
-load it), DCP's ``.metadata`` and ``manifest.json``. It is written as ``step-00000500.tmp`` and renamed when every
-rank has its files on disk. What does not match its manifest is renamed ``step-00000500.corrupt``.
+load it), DCP's index ``.metadata`` and ``manifest.json``. It is written as ``step-00000500.tmp`` and renamed
+when every rank has its files on disk. What does not match its manifest is renamed ``step-00000500.corrupt``.
 """
 
 import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
+from beitctl.engine import dcp
 from beitctl.engine.dist import Ranks
 from beitctl.errors import BeitctlError, CapacityError, DataError, UserError
 
@@ -93,11 +90,15 @@ class Checkpoints:
 
         Raises:
             UserError: names, shapes or dtypes are not those of the checkpoint.
-            DataError: its ``.metadata`` names code, or its files changed since they were verified.
+            DataError: its index names code, or its files changed since they were verified.
         """
-        reader = _Reader(found.path)
-        self._everywhere(lambda: reader.expect(tensors))
-        self._everywhere(lambda: _load(reader, tensors))
+        indexes: list[Metadata] = []
+
+        def check() -> None:
+            indexes.append(dcp.index_of(found.path, tensors))
+
+        self._everywhere(check)
+        self._everywhere(lambda: dcp.read(found.path, indexes[0], tensors))
 
     def _everywhere(self, action: Callable[[], T]) -> list[T]:
         """What ``action`` returns on each rank, or on all ranks the first error that any rank met."""
@@ -124,8 +125,8 @@ class Checkpoints:
         later = [path.name for number, path in self._list() if number >= step]
         if later:
             raise UserError(
-                f"{self.folder} already holds {_some(later)}, so step {step} of another run cannot be saved there; "
-                "resume that run, or use another --out"
+                f"{self.folder} already holds {dcp.some(later)}, so step {step} of another run cannot be "
+                "saved there; resume that run, or use another --out"
             )
         for leftover in self.folder.glob("step-*.tmp"):
             shutil.rmtree(leftover)
@@ -140,13 +141,9 @@ class Checkpoints:
 
     def _write(self, draft: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         """Write this rank's shard; returns size and hash of the files that it wrote."""
-        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            dcp.save(dict(tensors), storage_writer=_Writer(draft), planner=planner)
-        except CheckpointException as error:
-            raise _cause(error) from error
+        dcp.write(draft, tensors)
         names = [path.name for path in draft.glob(f"__{self.ranks.rank}_*.distcp")]
-        return {name: _entry(draft / name) for name in names + [".metadata"] * self.ranks.main}
+        return {name: _entry(draft / name) for name in names + [dcp.INDEX] * self.ranks.main}
 
     def _commit(
         self, draft: Path, path: Path, step: int, meta: dict[str, Any], files: dict[str, dict[str, Any]]
@@ -155,8 +152,8 @@ class Checkpoints:
         absent = sorted(name for name in files if not (draft / name).is_file())
         if absent:
             raise UserError(
-                f"{draft} lacks {_some(absent)}, written by other ranks: the folder is not shared between the "
-                "machines; use an --out that all of them see"
+                f"{draft} lacks {dcp.some(absent)}, written by other ranks: the folder is not shared between "
+                "the machines; use an --out that all of them see"
             )
         body = {
             "format": FORMAT, "step": step, "meta": meta, "world": self.ranks.world, "files": files,
@@ -187,9 +184,9 @@ class Checkpoints:
         return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
     def _scan(self) -> dict[str, Any] | None:
-        for _, path in self._list():
+        for step, path in self._list():
             try:
-                body = _verified(path)
+                body = _verified(path, step)
             except DataError as error:
                 self._set_aside(path, str(error))
             else:
@@ -198,8 +195,8 @@ class Checkpoints:
         broken += [path.name for path in self.folder.glob("step-*.corrupt")]
         if broken:
             raise DataError(
-                f"{self.folder}: no checkpoint is whole, found {_some(sorted(broken))}; restore one from a "
-                "copy, or delete them to start anew"
+                f"{self.folder}: no checkpoint is whole, found {dcp.some(sorted(broken))}; restore one "
+                "from a copy, or delete them to start anew"
             )
         return None
 
@@ -215,7 +212,7 @@ class Checkpoints:
             self.warn(f"{reason}; renamed {target.name}")
 
 
-def _verified(path: Path) -> dict[str, Any]:
+def _verified(path: Path, step: int) -> dict[str, Any]:
     """The manifest of a checkpoint whose every file is as the manifest says.
 
     Raises:
@@ -225,11 +222,13 @@ def _verified(path: Path) -> dict[str, Any]:
         text = (path / MANIFEST).read_text(encoding="utf-8")
         body = json.loads(text)
         seal = body.pop("sha256")
-        whole = _sealed(body) == text
+        whole = _sealed(body) == text and body["step"] == step
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: {MANIFEST} cannot be read ({error!r})") from error
     if not whole:
-        raise DataError(f"{path}: {MANIFEST} was changed (its sha256 is not {seal})")
+        raise DataError(f"{path}: {MANIFEST} was changed: it is not that of step {step} with sha256 {seal}")
     if body["format"] != FORMAT:
         raise UserError(
             f"{path} has format {body['format']}, this beitctl reads {FORMAT}; install the one that wrote it"
@@ -247,9 +246,10 @@ def _difference(path: Path, expected: dict[str, Any]) -> str:
         size = path.stat().st_size
         if size != expected["bytes"]:
             return f"{path} has {size} bytes instead of {expected['bytes']}"
-        return (
-            "" if _entry(path) == expected else f"{path} was changed: its sha256 is not that of the manifest"
-        )
+        whole = _entry(path) == expected
+        return "" if whole else f"{path} was changed: its sha256 is not that of the manifest"
+    except PermissionError:
+        raise
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
 

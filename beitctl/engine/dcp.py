@@ -149,7 +149,14 @@ def _unpickled(folder: Path) -> Metadata:
     with (folder / INDEX).open("rb") as stream:
         try:
             index = _Unpickler(stream, folder).load()
-        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+        ) as error:
             raise DataError(f"{folder}: {INDEX} cannot be read ({error!r}); use an earlier one") from error
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
         raise DataError(f"{folder}: {INDEX} describes no checkpoint; use one that beitctl wrote")

@@ -97,7 +97,12 @@ def start() -> Ranks:
     place = place_from(os.environ)
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(place["LOCAL_RANK"] % torch.cuda.device_count())
+        if place["LOCAL_RANK"] >= torch.cuda.device_count():
+            raise SetupError(
+                f"process {place['LOCAL_RANK']} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}; start fewer processes or check CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(place["LOCAL_RANK"])
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     rank, world = place["RANK"], place["WORLD_SIZE"]
@@ -106,7 +111,11 @@ def start() -> Ranks:
         return Ranks(0, 1, 0, device)
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=START_TIMEOUT)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=START_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR', 'unset')}:{os.environ.get('MASTER_PORT', 'unset')}"
+        raise SetupError(f"rank {rank} of {world} cannot join the group at {where}: {error}") from error
     return Ranks(rank, world, place["LOCAL_RANK"], device)
 
 
@@ -122,7 +131,9 @@ def place_from(env: Mapping[str, str]) -> dict[str, int]:
         names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         place = _numbers(env, names)
         job = _numbers(env, {"job": "SLURM_JOB_ID"})["job"]
-        os.environ.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
+        os.environ.setdefault(
+            "MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
+        )
         os.environ.setdefault("MASTER_PORT", str(PORTS[job % len(PORTS)]))
         return place
     return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}

@@ -10,15 +10,21 @@ from types import FrameType
 from typing import Literal, Self
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ECHO_S = 1.0
+"""A signal repeated within this time is the same request: schedulers and launchers both pass signals on."""
 
 
 class Signals:
-    """Inside this context the first SIGTERM, SIGUSR1 or Ctrl-C is a request; the second leaves at once."""
+    """Inside this context SIGTERM, SIGUSR1 and Ctrl-C are requests; a second SIGTERM or Ctrl-C leaves at once.
+
+    SIGUSR1 never does: Slurm sends it as a warning, and SIGTERM when the time is up.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._flag: Literal["stop", "interrupt"] | None = None
         self._file = folder / "stop" if folder else None
         self._checked = 0.0
+        self._last: dict[int, float] = {}
         self._previous: dict[int, object] = {}
 
     @property
@@ -42,18 +48,20 @@ class Signals:
         self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._flag is not None:
+        now, before = time.monotonic(), self._last.get(number)
+        self._last[number] = now
+        if before is not None and now - before > ECHO_S and number != signal.SIGUSR1:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)
-        self._flag = "interrupt" if number == signal.SIGINT else "stop"
-        if os.environ.get("RANK", "0") == "0":
+        if self._flag is None and os.environ.get("RANK", "0") == "0":
             text = "\nfinishing this step, then saving (once more to leave now)\n"
             os.write(2, text.encode())  # safe inside a signal handler
+        if self._flag is None:
+            self._flag = "interrupt" if number == signal.SIGINT else "stop"
 
 
 def worker_ignores_signals(worker: int) -> None:
     """Data-loading workers leave stopping to their parent, which a terminal signals too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

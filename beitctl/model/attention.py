@@ -95,7 +95,22 @@ def attend(qkv: Tensor, layout: Layout, heads: int) -> Tensor:
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_mask)
     else:
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_mask)
+        context = _plain(q, k, v, layout.key_mask)
     flat = context.transpose(1, 2).reshape(-1, triple // 3)  # (S * M, d)
     scattered: Tensor = _Scatter.apply(flat, layout.slots)
     return scattered
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Softmax attention of (S, H, M, d/H) by two batched products.
+
+    On a CPU this is two to seven times faster in bf16, forward and backward, than PyTorch's fused kernel at the
+    lengths of this family, and as fast in fp32 (docs/decisions.md).
+    """
+    sequences, heads, longest, size = q.shape
+    q, k, v = (x.reshape(sequences * heads, longest, size) for x in (q * size**-0.5, k, v))
+    logits = torch.bmm(q, k.transpose(1, 2)).view(sequences, heads, longest, longest)
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask, float("-inf"))
+    weights = logits.softmax(-1).view(sequences * heads, longest, longest)
+    return torch.bmm(weights, v).view(sequences, heads, longest, size)

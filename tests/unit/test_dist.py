@@ -56,12 +56,38 @@ def test_the_first_signal_only_asks(number, asked):
         assert signals.requested == asked
 
 
-def test_the_second_ctrl_c_leaves_at_once():
+def test_the_second_ctrl_c_leaves_at_once(monkeypatch):
+    monkeypatch.setattr("beitctl.engine.guard.ECHO_S", 0.0)
     with Signals():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+
+
+def test_the_second_sigterm_leaves_at_once(monkeypatch):
+    monkeypatch.setattr("beitctl.engine.guard.ECHO_S", 0.0)
+    with Signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert left.value.code == 143
+
+
+def test_an_echo_of_a_signal_is_the_same_request():
+    with Signals() as signals:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.requested == "stop"
+
+
+def test_slurms_warning_and_its_end_are_one_request(monkeypatch):
+    monkeypatch.setattr("beitctl.engine.guard.ECHO_S", 0.0)
+    with Signals() as signals:
+        for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert signals.requested == "stop"
 
 
 def test_old_handlers_come_back():

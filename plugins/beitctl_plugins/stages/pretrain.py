@@ -151,27 +151,27 @@ class Pretrain(Plugin):
                 "loss_last": last,
                 "held_out_loss": found[f"{term}/loss"],
                 "accuracy": found[f"{term}/accuracy"],
-                "baseline_accuracy": _share_of(guesses[term], term, items),
             }
+            if term in guesses:
+                result[term.replace(".", "_")]["baseline_accuracy"] = _share_of(guesses[term], term, items)
         showing.reconstructions(learner, held, job, ranks, job.path(self.tokens) if self.tokens else None)
         return result
 
 
 def _most_frequent(data: "StepData", learner: "MultiwayLearner") -> dict[str, int]:
-    """The most frequent target of every term in the first training steps."""
+    """The most frequent target of every term in the first training steps; terms without targets are left out."""
     import numpy as np
 
-    counts: dict[str, np.ndarray[Any, Any]] = {}
+    targets: dict[str, list[np.ndarray[Any, Any]]] = {}
     for step in range(BASELINE_STEPS):
         for batch in data[step]:
             for objective in learner.objectives:
                 group = batch.groups[objective.name]
+                found = {"patch": group.patch_targets, "text": group.text_targets, "sample": group.labels}
                 for short, term in objective.task.terms().items():
-                    targets = group.patch_targets if term.unit == "patch" else group.text_targets
-                    found = np.bincount(targets.numpy(), minlength=1 << 16)
-                    full = objective.term(short)
-                    counts[full] = counts.get(full, np.zeros(1, np.int64)) + found
-    return {term: int(found.argmax()) for term, found in counts.items()}
+                    targets.setdefault(objective.term(short), []).append(found[term.unit].numpy())
+    joined = {term: np.concatenate(parts) for term, parts in targets.items()}
+    return {term: int(np.bincount(all_[all_ >= 0]).argmax()) for term, all_ in joined.items() if (all_ >= 0).any()}
 
 
 def _share_of(guess: int, term: str, items: Mapping[str, tuple[Any, Any]]) -> float:
@@ -180,8 +180,8 @@ def _share_of(guess: int, term: str, items: Mapping[str, tuple[Any, Any]]) -> fl
 
     name, _, short = term.partition(".")
     task, found = items[name]
-    key = "patch_targets" if task.terms()[short].unit == "patch" else "text_targets"
-    targets = np.concatenate([getattr(item, key) for item in found])
+    field = {"patch": "patch_targets", "text": "text_targets", "sample": "label"}[task.terms()[short].unit]
+    targets = np.concatenate([np.atleast_1d(getattr(item, field)) for item in found])
     return float((targets[targets >= 0] == guess).mean())
 
 

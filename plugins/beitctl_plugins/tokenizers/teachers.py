@@ -34,7 +34,7 @@ class _Features(nn.Module):
         """(B, 3, H, W) in 0..1 to (B, grid * grid, D)."""
         x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         maps = self.model.forward_intermediates(  # type: ignore[operator]
-            x, indices=[self.stage], intermediates_only=True, output_fmt="NCHW"
+            x, indices=[self.stage], intermediates_only=True, output_fmt="NCHW", stop_early=True
         )[0]
         if maps.shape[-1] != self.grid or maps.shape[-2] != self.grid:
             maps = F.interpolate(maps, (self.grid, self.grid), mode="bilinear", antialias=True)

@@ -1,0 +1,1 @@
+"""Plugins for beitctl from outside."""

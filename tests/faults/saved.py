@@ -1,0 +1,51 @@
+"""What the tests of checkpoints save, and how they compare it."""
+
+import torch
+
+from beitctl.engine.checkpoint import Checkpoints
+from beitctl.engine.dist import Ranks
+
+ALONE = Ranks(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+
+
+def tensors_of(step):
+    """Tensors of every kind that training state has, all different at every step."""
+    draw = torch.Generator().manual_seed(step)
+    weight = torch.randn(17, 8, generator=draw)
+    weight[0, :3] = torch.tensor([float("nan"), -0.0, 1e-42])
+    return {
+        "learner.weight": torch.nn.Parameter(weight),
+        "learner.bias": torch.randn(5, generator=draw).bfloat16(),
+        "learner.ids": torch.randint(0, 99, (3, 2), generator=draw),
+        "learner.turned": torch.randn(4, 6, generator=draw).t(),
+        "learner.empty": torch.zeros(0, 3),
+        "optimizer.step.weight": torch.tensor(float(step)),
+    }
+
+
+def blank():
+    return {name: torch.full_like(tensor, 7).detach() for name, tensor in tensors_of(1).items()}
+
+
+def bits(tensors):
+    return {
+        name: tensor.detach().contiguous().view(torch.uint8).tolist() if tensor.ndim else tensor.item()
+        for name, tensor in tensors.items()
+    }
+
+
+class Kept:
+    """A folder of checkpoints, and the warnings it gave."""
+
+    def __init__(self, folder, keep=3):
+        self.warnings = []
+        self.checkpoints = Checkpoints(folder, ALONE, keep, self.warnings.append)
+        self.folder = folder
+
+    def save(self, *steps):
+        for step in steps:
+            self.checkpoints.save(step, tensors_of(step), {"identity": f"run-{step}"})
+        return self
+
+    def names(self):
+        return sorted(path.name for path in self.folder.iterdir())

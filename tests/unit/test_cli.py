@@ -1,0 +1,329 @@
+"""Commands, options, output and exit codes."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from run_stubs import FAULTS, STAGES, beitctl, folders, install, place  # noqa: F401 - the fixture works by being here
+
+from beitctl import cli, registry, runs
+
+
+def records(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_version_is_that_of_the_distribution(capsys):
+    assert beitctl(capsys, "--version") == (0, f"beitctl {metadata.version('beitctl')}\n", "")
+
+
+def test_help_lists_stages_with_their_first_line(capsys):
+    code, out, _ = beitctl(capsys, "--help")
+    assert code == 0
+    assert "make " in out
+    assert "Make a number." in out
+    assert "second paragraph" not in out
+
+
+def test_help_names_a_broken_stage_and_the_cause(capsys):
+    _, out, _ = beitctl(capsys, "--help")
+    text = " ".join(out.replace("│", " ").split())
+    assert "broken (broken: unknown: ModuleNotFoundError: No module named 'no_such_module')" in text
+
+
+def test_a_broken_stage_ends_with_the_error_of_its_plugin(capsys):
+    code, _, err = beitctl(capsys, "broken", "--recipe", "r.toml")
+    assert code == 2
+    assert "plugin 'broken' (unknown) cannot be imported: ModuleNotFoundError" in err
+
+
+def test_help_of_a_stage_lists_its_settings_with_defaults(capsys):
+    _, out, _ = beitctl(capsys, "use", "--help")
+    text = " ".join(out.replace("│", " ").split())
+    assert "of (required): Where it comes from." in text
+    assert "factor (default 3): What it is multiplied with." in text
+
+
+def test_stages_come_first_and_in_the_order_of_the_work(monkeypatch):
+    names = ["use", "export", "pretrain", "eval", "finetune", "tokenize-images", "train-tokenizer"]
+    install(monkeypatch, dict.fromkeys(names, "run_stubs:Use"))
+    assert cli._stage_names()[0] == [
+        "train-tokenizer", "tokenize-images", "pretrain", "finetune", "eval", "export", "use",
+    ]  # fmt: skip
+
+
+RESERVED = "the stage 'run' of unknown has the name of a command; it must be renamed, or uninstall unknown"
+
+
+def test_a_stage_with_the_name_of_a_command_is_shown_as_broken_and_the_command_stays(capsys, monkeypatch):
+    install(monkeypatch, {**STAGES, "run": "run_stubs:Make"})
+    _, out, _ = beitctl(capsys, "--help")
+    text = " ".join(out.replace("│", " ").split())
+    assert f"run (unknown) (broken: unknown: {RESERVED})" in text
+    assert "run Run all stages of a recipe in order" in text
+
+
+def test_a_stage_with_the_name_of_a_command_does_not_take_its_place(capsys, monkeypatch):
+    install(monkeypatch, {**STAGES, "run": "run_stubs:Make"})
+    assert beitctl(capsys, "run", "r.toml")[0] == 0
+
+
+def test_a_stage_with_the_name_of_a_command_is_refused_in_a_recipe(capsys, monkeypatch):
+    install(monkeypatch, {**STAGES, "run": "run_stubs:Make"})
+    Path("r.toml").write_text('[recipe]\nsummary = "x"\n[run]\nvalue = 1\n')
+    code, _, err = beitctl(capsys, "run", "r.toml")
+    assert (code, err) == (2, f"error: {RESERVED}\n")
+
+
+@pytest.mark.parametrize(("typo", "name"), [("mak", "make"), ("recipe", "recipes"), ("doctr", "doctor")])
+def test_an_unknown_command_suggests_a_stage_or_a_command(capsys, typo, name):
+    code, _, err = beitctl(capsys, typo)
+    text = " ".join(err.replace("│", " ").split())
+    assert code == 2
+    assert f"No such command '{typo}'. Did you mean '{name}'" in text
+
+
+def test_an_unknown_option_is_wrong_usage(capsys):
+    code, _, err = beitctl(capsys, "make", "--recpie", "r.toml")
+    assert (code, "--recpie" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        ("user", 2, "error: value: cannot be so, make it otherwise\n"),
+        ("bug", 1, "RuntimeError: unexpected (a fault of beitctl or of a plugin: run again with --debug)\n"),
+        ("full", 5, "error: /disk/x: No space left on device; free some space, then give the same command"),
+        ("read-only", 2, "error: /disk/x: Read-only file system; change its permissions, or choose another"),
+        ("stopped", 75, "error: stopped at step 3; the same command goes on\n"),
+        ("ctrl-c", 130, ""),
+        ("memory", 5, "error: out of memory: MemoryError; use a smaller train.micro_samples"),
+        ("diverged", 6, "error: the loss is nan\n"),
+    ],
+)
+def test_every_error_has_its_exit_code_and_a_line_on_stderr(capsys, fault, code, message):
+    Path("fault").write_text(fault)
+    found, out, err = beitctl(capsys, "make", "--recipe", "r.toml")
+    assert (found, out, message in err, "Traceback" in err) == (code, "", True, False), err
+
+
+def test_faults_of_the_tests_are_all_used():
+    assert len(FAULTS) == 8
+
+
+def test_out_of_memory_of_torch_is_known_by_name():
+    from beitctl import failures
+
+    gone = type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried 2 GiB\nmore")
+    assert failures.exit_code(gone) == 5
+    assert failures.message(gone).startswith("out of memory: CUDA out of memory. Tried 2 GiB; use a smaller")
+    assert failures.exit_code(RuntimeError("DefaultCPUAllocator: can't allocate memory")) == 5
+
+
+def test_an_interrupt_says_how_to_go_on():
+    from beitctl import failures
+
+    assert (
+        failures.message(KeyboardInterrupt())
+        == "interrupted; the same command goes on from the last checkpoint"
+    )
+
+
+def test_a_file_where_a_folder_must_be_is_named(capsys, monkeypatch):
+    Path("busy").touch()
+    monkeypatch.setenv("BEITCTL_RUNS", "busy")
+    code, _, err = beitctl(capsys, "make", "--recipe", "r.toml")
+    assert (code, err.startswith("error: busy/r/make.first"), "Not a directory" in err) == (2, True, True)
+
+
+def test_debug_shows_the_traceback(capsys):
+    Path("fault").write_text("user")
+    _, _, err = beitctl(capsys, "--debug", "make", "--recipe", "r.toml")
+    assert "Traceback" in err
+    assert err.endswith("error: value: cannot be so, make it otherwise\n")
+
+
+def test_other_ranks_sign_their_errors_and_are_silent_when_stopped(capsys, monkeypatch):
+    from beitctl import failures
+
+    monkeypatch.setenv("RANK", "3")
+    failures.show(FAULTS["stopped"])
+    failures.show(FAULTS["diverged"])
+    assert capsys.readouterr().err == "error (rank 3): the loss is nan\n"
+
+
+def test_all_problems_of_a_recipe_are_told_one_a_line(capsys):
+    Path("r.toml").write_text('[recipe]\nsummary = "x"\n[make]\nvalue = "one"\n[uze]\n')
+    code, _, err = beitctl(capsys, "run", "r.toml")
+    assert code == 2
+    assert [line.partition("  ")[0] for line in err.splitlines()] == [
+        "error: r.toml:4:1",
+        "error: r.toml:5:2",
+    ]
+
+
+def test_json_writes_records_only_and_ends_with_the_metrics(capsys):
+    _, out, _ = beitctl(capsys, "make", "--recipe", "r.toml", "--only", "second", "--json")
+    found = records(out)
+    assert [record["event"] for record in found] == ["start", "note", "end"]
+    assert (found[-1]["status"], found[-1]["exit"], found[-1]["metrics"]["value"]) == ("ok", 0, 2)
+
+
+def test_json_of_what_is_done_already_is_an_end_event(capsys):
+    command = ("make", "--recipe", "r.toml", "--only", "second", "--json")
+    _, first, _ = beitctl(capsys, *command)
+    _, out, _ = beitctl(capsys, *command)
+    (end,) = records(out)
+    before = records(first)[-1]
+    assert {key: end[key] for key in ("event", "run", "status", "metrics")} == {
+        key: before[key] for key in ("event", "run", "status", "metrics")
+    }
+
+
+@pytest.mark.parametrize(("fault", "code", "status"), [("diverged", 6, "failed"), ("stopped", 75, "stopped")])
+def test_json_of_a_run_that_fails_ends_with_one_end_event(capsys, fault, code, status):
+    Path("fault").write_text(fault)
+    _, out, _ = beitctl(capsys, "make", "--recipe", "r.toml", "--json")
+    ends = [record for record in records(out) if record["event"] == "end"]
+    assert [(end["status"], end["exit"]) for end in ends] == [(status, code)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("make", "--recipe", "none.toml"), ("make", "--nonsense"), ("run", "r.toml", "--until", "nowhere")],
+)
+def test_json_of_a_command_that_starts_nothing_is_an_end_event(capsys, arguments):
+    _, out, _ = beitctl(capsys, *arguments, "--json")
+    (end,) = records(out)
+    assert (end["event"], end["status"], end["exit"]) == ("end", "failed", 2)
+
+
+def test_json_of_run_ends_with_the_summary(capsys):
+    _, out, _ = beitctl(capsys, "run", "r.toml", "--json")
+    last = records(out)[-1]
+    assert (last["event"], last["summary"]) == ("summary", {"first": 1, "nested": {"twice": 4}})
+
+
+def test_quiet_leaves_the_folder_on_stdout_and_nothing_on_stderr(capsys):
+    code, out, err = beitctl(capsys, "-q", "make", "--recipe", "r.toml", "--only", "second")
+    assert (code, out, err) == (0, f"{folders('make.second')[0]}\n", "")
+
+
+def test_the_last_line_names_the_report_and_the_next_stage(capsys):
+    _, _, err = beitctl(capsys, "make", "--recipe", "r.toml", "--only", "first")
+    report = folders("make.first")[0] / "report.html"
+    assert err.splitlines()[-1] == f"report: {report}   next: beitctl make --recipe r.toml --only second"
+
+
+def test_after_the_last_stage_only_the_report_is_named(capsys):
+    _, _, err = beitctl(capsys, "use", "--recipe", "r.toml")
+    assert err.splitlines()[-1] == f"report: {folders('use')[0] / 'report.html'}"
+
+
+def test_without_recipe_beitctl_toml_of_this_folder_is_used(capsys):
+    Path("r.toml").rename("beitctl.toml")
+    assert beitctl(capsys, "make", "--only", "second")[0] == 0
+    assert Path("runs/beitctl/make.second").is_dir()
+
+
+def test_only_takes_one_table_of_a_stage(capsys):
+    beitctl(capsys, "make", "--recipe", "r.toml", "--only", "make.second")
+    assert (folders("make.first"), len(folders("make.second"))) == ([], 1)
+
+
+def test_only_with_an_unknown_table_names_those_there_are(capsys):
+    code, _, err = beitctl(capsys, "make", "--recipe", "r.toml", "--only", "third")
+    assert (code, err) == (2, "error: --only third: r has no such table of make; it has first, second\n")
+
+
+def test_a_recipe_without_the_stage_says_what_it_has(capsys):
+    Path("r.toml").write_text('[recipe]\nsummary = "x"\n[make]\nvalue = 1\n')
+    code, _, err = beitctl(capsys, "use", "--recipe", "r.toml")
+    assert (code, "r.toml has no table [use]; it has make. Add one, or use another recipe" in err) == (
+        2,
+        True,
+    )
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys):
+    code, out, _ = beitctl(capsys, "make", "--recipe", "r.toml", "--only", "second", "--dry-run")
+    assert code == 0
+    assert out.splitlines() == [
+        "make.second:", "  value: 2", "  parts:", "    large: 12 345 678", "    small: 0.1235",
+    ]  # fmt: skip
+    assert [path.name for path in Path().iterdir()] == ["r.toml"]
+
+
+def test_a_dry_run_with_json_prints_one_object_of_plans(capsys):
+    _, out, _ = beitctl(capsys, "run", "r.toml", "--dry-run", "--json")
+    assert list(json.loads(out)) == ["make.first", "make.second", "use"]
+
+
+def test_a_dry_run_on_a_terminal_prints_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _, out, _ = beitctl(capsys, "make", "--recipe", "r.toml", "--only", "second", "--dry-run")
+    assert "│" in out
+    assert "12 345 678" in out
+
+
+def test_gpus_starts_processes_with_the_same_arguments_and_gives_their_exit_code(capsys, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli.launch, "run", lambda gpus, arguments: started.append((gpus, arguments)) or 6)
+    command = ("make", "--recipe", "r.toml", "--gpus", "2", "--json")
+    code, out, _ = beitctl(capsys, *command)
+    assert (code, out, started) == (6, "", [(2, command)])
+
+
+def test_gpus_starts_nothing_if_the_recipe_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(cli.launch, "run", lambda *arguments: pytest.fail("started"))
+    assert beitctl(capsys, "make", "--recipe", "none.toml", "--gpus", "2")[0] == 2
+
+
+def test_the_default_folder_of_runs_can_be_moved(capsys, monkeypatch):
+    monkeypatch.setenv("BEITCTL_RUNS", "elsewhere")
+    beitctl(capsys, "make", "--recipe", "r.toml", "--only", "second")
+    assert [run.ok for run in runs.find(Path("elsewhere/r/make.second"), "make.second")] == [True]
+
+
+def test_a_reader_that_goes_away_is_no_error_of_ours(tmp_path):
+    command = f"{sys.executable} -m beitctl recipes show tiny"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {{ sleep 0.5; {command}; }} | true"],
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    assert b"Traceback" not in done.stderr
+    assert b"error" not in done.stderr
+
+
+def test_sigterm_before_training_ends_with_75():
+    code = (
+        "import os, signal, sys; from beitctl import cli, catalog; "
+        "sys.argv = ['beitctl', 'doctor']; "
+        "catalog.doctor.examine = lambda: os.kill(os.getpid(), signal.SIGTERM); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        75,
+        "error: stopped by SIGTERM; the same command goes on where this one ended\n",
+    )
+
+
+def test_every_stage_has_the_same_options(capsys):
+    shared = [
+        "--recipe",
+        "--set",
+        "--out",
+        "--gpus",
+        "--resume",
+        "--no-resume",
+        "--only",
+        "--dry-run",
+        "--json",
+    ]
+    for name in registry.names("beitctl.stages"):
+        _, out, _ = beitctl(capsys, name, "--help")
+        assert [option for option in shared if option not in out] == [], name
