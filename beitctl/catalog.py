@@ -1,5 +1,6 @@
 """The commands that list what there is: recipes, plugins, doctor."""
 
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,25 @@ def plugin(group: str, name: str) -> Any:
             f"it must be renamed, or uninstall {origin}"
         )
     return registry.get(group, name)
+
+
+def stage_help(name: str) -> str:
+    """Docstring of a stage and its settings with their defaults, or why it cannot be used."""
+    try:
+        stage = plugin(STAGES, name)
+    except PluginError as error:
+        cause = error.__cause__
+        text = f"{type(cause).__name__}: {cause}".partition("\n")[0] if cause else str(error)
+        return f"(broken: {registry.origin(STAGES, name)}: {text})"
+    lines = [inspect.getdoc(stage) or "", "", "Settings:"]
+    for field_name, field in getattr(stage, "model_fields", {}).items():
+        default = "required"
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True, validated_data={})
+            default = f"default {json.dumps(value, default=str)}"
+        about = " ".join((field.description or "").replace("``", "").split())
+        lines += ["", f"* {field_name} ({default}): {about}"]
+    return "\n".join(lines)
 
 
 @recipes.command("ls")

@@ -3,8 +3,6 @@
 Heavy modules are imported inside the commands, so that --help answers at once.
 """
 
-import inspect
-import json
 import os
 import signal
 import sys
@@ -18,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from beitctl import catalog, failures, launch, registry
-from beitctl.errors import PluginError, Stopped, UserError
+from beitctl.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -57,9 +55,9 @@ class Stages(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of a name, made for a stage when it is asked for."""
         stages, refused = _stage_names()
-        if cmd_name in refused:
-            return _stage_command(cmd_name.partition(" ")[0])
-        return _stage_command(cmd_name) if cmd_name in stages else super().get_command(ctx, cmd_name)
+        return (
+            _stage_command(cmd_name) if cmd_name in stages + refused else super().get_command(ctx, cmd_name)
+        )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find a command; stages count when a similar name is looked for."""
@@ -134,7 +132,10 @@ def execute(arguments: Sequence[str]) -> int:
 
 
 def _terminated(number: int, frame: "FrameType | None") -> None:
-    raise Stopped("stopped by SIGTERM; the same command goes on where this one ended")
+    """End with 75, and by no exception that a plugin or what surrounds it would catch."""
+    if failures.rank() == 0:
+        os.write(2, b"stopped by SIGTERM; the same command goes on where this one ended\n")
+    raise SystemExit(Stopped.exit_code)
 
 
 def _version(asked: bool) -> None:
@@ -166,13 +167,10 @@ def _stage_names() -> tuple[list[str], list[str]]:
     return sorted(usable, key=lambda name: order.index(name) if name in order else len(order)), refused
 
 
-def _stage_command(name: str) -> Any:
+def _stage_command(label: str) -> Any:
     """The command of a stage; one that only tells what is wrong if the stage cannot be used."""
+    name = label.partition(" ")[0]
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    try:
-        text = _stage_help(catalog.plugin(STAGES, name))
-    except PluginError as error:
-        text = f"(broken: {registry.origin(STAGES, name)}: {_cause(error)})"
 
     def command(  # noqa: PLR0913 - one parameter per option
         context: typer.Context,
@@ -206,28 +204,8 @@ def _stage_command(name: str) -> Any:
         options = _options(context, found, as_json, out=out, resume=resume)
         _run_stage(context, _pipeline(found, options), keys)
 
-    single.command(name, help=text)(command)
+    single.command(label, help=catalog.stage_help(name))(command)
     return typer.main.get_command(single)
-
-
-def _cause(error: PluginError) -> str:
-    """The part of the message that names the cause, on one line."""
-    cause = error.__cause__
-    return f"{type(cause).__name__}: {cause}".partition("\n")[0] if cause else str(error)
-
-
-def _stage_help(stage: Any) -> str:
-    """Docstring of a stage and its fields with their defaults."""
-    lines = [inspect.getdoc(stage) or "", "", "Settings:"]
-    for name, field in getattr(stage, "model_fields", {}).items():
-        if field.is_required():
-            default = "required"
-        else:
-            value = field.get_default(call_default_factory=True, validated_data={})
-            default = f"default {json.dumps(value, default=str)}"
-        about = " ".join((field.description or "").replace("``", "").split())
-        lines += ["", f"* {name} ({default}): {about}"]
-    return "\n".join(lines)
 
 
 def _stage_tables(
@@ -329,8 +307,8 @@ def _next_step(pipeline: "Pipeline", key: str, folder: Path) -> str:
     recipe = pipeline.recipe
     following = list(recipe.tables)[list(recipe.tables).index(key) + 1 :]
     look = f"report: {folder / 'report.html'}"
-    if not following:
-        return look
+    if not following or any(word.startswith("--set") for word in pipeline.options.command):
+        return look  # what --set changed would have to be said again, in terms of the next table
     table = recipe.tables[following[0]]
     only = f" --only {table.key.partition('.')[2]}" if "." in table.key else ""
     return f"{look}   next: beitctl {table.stage} --recipe {_given(recipe)}{only}"
@@ -338,13 +316,10 @@ def _next_step(pipeline: "Pipeline", key: str, folder: Path) -> str:
 
 def _given(recipe: "Recipe") -> str:
     """How the recipe is named on a command line: bundled ones by name."""
-    from beitctl.recipe import names
+    from beitctl.recipe import find, names
 
-    return (
-        recipe.name
-        if recipe.name in names() and not Path(f"{recipe.name}.toml").exists()
-        else str(recipe.path)
-    )
+    bundled = recipe.name in names() and find(recipe.name) == recipe.path
+    return recipe.name if bundled else str(recipe.path)
 
 
 @app.command("run")
@@ -375,6 +350,7 @@ def _run(  # noqa: PLR0913 - one parameter per option
     _leave(pipeline)
     if not pipeline.ranks.main:
         return
+    context.obj.ended = False
     summary = write_summary(pipeline, _write_pipeline_page)
     root = pipeline.options.root
     if as_json:

@@ -122,6 +122,7 @@ class Pipeline:
 
     def _obtain(self, key: str, *, wanted: bool, child: str = "") -> Ticket:
         """Have a table done: find its run, go on with it, or make a new one."""
+        self.ended = False
         table = self.recipe.tables[key]
         ticket = Ticket(**self._share(lambda: vars(self._decide(table, wanted))))
         if ticket.run:
@@ -220,7 +221,6 @@ class Pipeline:
     def _perform(self, table: StageTable, ticket: Ticket) -> None:
         """Run a stage in its folder and record how it ended."""
         folder = Path(ticket.folder)
-        self.ended = False
         log = EventLog(
             folder,
             stage=table.stage,

@@ -157,7 +157,10 @@ def _unpickled(folder: Path) -> Metadata:
             AttributeError,
             LookupError,
         ) as error:
-            raise DataError(f"{folder}: {INDEX} cannot be read ({error!r}); use an earlier one") from error
+            raise DataError(
+                f"{folder}: {INDEX} cannot be read by torch {torch.__version__} ({error!r}); "
+                "use the torch that manifest.json names, or a newer one"
+            ) from error
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
         raise DataError(f"{folder}: {INDEX} describes no checkpoint; use one that beitctl wrote")
     return index

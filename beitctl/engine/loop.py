@@ -73,8 +73,6 @@ class Step:
     wait: float
     """Seconds of ``seconds`` spent waiting for data."""
     ranks: Ranks
-    drawn: tuple[str, ...] = ()
-    """Samples of this rank, in order."""
 
     def metrics(self) -> dict[str, float]:
         """Losses and accuracies over all ranks, by name; every rank must call it on the same steps."""
@@ -252,7 +250,7 @@ def train(learner: nn.Module, data: Any, config: TrainConfig, session: Session) 
             now = time.monotonic()
             yield Step(
                 number, lr, norm, totals, tuple(counts), loop.terms, loop.weights, wishes["samples"],
-                now - clock, wait, session.ranks, tuple(s for batch in micro for s in batch.samples),
+                now - clock, wait, session.ranks,
             )  # fmt: skip
             clock = time.monotonic()
 

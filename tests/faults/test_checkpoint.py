@@ -282,7 +282,9 @@ def test_functions_of_admitted_modules_are_refused(kept, name):
 
 @pytest.mark.parametrize("index", [b"", b"no pickle", b"."])
 def test_an_index_that_is_no_pickle_is_a_data_error(kept, index):
-    with pytest.raises(DataError, match=r"\.metadata cannot be read"):
+    with pytest.raises(
+        DataError, match=r"\.metadata cannot be read by torch .*; use the torch that manifest.json names"
+    ):
         kept.checkpoints.load(with_index(kept, index), blank())
 
 

@@ -10,6 +10,7 @@ import pytest
 from run_stubs import FAULTS, STAGES, beitctl, folders, install, place  # noqa: F401 - the fixture works by being here
 
 from beitctl import cli, registry, runs
+from beitctl.errors import DataError
 
 
 def records(out):
@@ -207,6 +208,37 @@ def test_json_of_run_ends_with_the_summary(capsys):
     assert (last["event"], last["summary"]) == ("summary", {"first": 1, "nested": {"twice": 4}})
 
 
+def test_json_of_run_ends_with_an_end_event_if_a_later_stage_cannot_start(capsys, monkeypatch):
+    identify = runs.identify
+
+    def fail(table, parents):
+        if table.key == "use":
+            raise DataError("no data")
+        return identify(table, parents)
+
+    monkeypatch.setattr(runs, "identify", fail)
+    _, out, _ = beitctl(capsys, "run", "r.toml", "--json")
+    ends = [record["exit"] for record in records(out) if record["event"] == "end"]
+    assert ends == [0, 0, 3]
+
+
+def test_json_of_run_ends_with_an_end_event_if_the_summary_is_wrong(capsys):
+    Path("r.toml").write_text(Path("r.toml").read_text().replace("inner.twice", "inner.thrice"))
+    _, out, _ = beitctl(capsys, "run", "r.toml", "--json")
+    assert (records(out)[-1]["event"], records(out)[-1]["exit"]) == ("end", 2)
+
+
+def test_after_a_changed_setting_no_next_command_is_named_for_it_would_miss_the_change(capsys):
+    command = ("make", "--recipe", "r.toml", "--only", "first", "--set", "make.first.value=4")
+    assert "next:" not in beitctl(capsys, *command)[2]
+
+
+def test_a_bundled_recipe_is_named_by_name_in_the_next_command(capsys, monkeypatch):
+    monkeypatch.setenv("BEITCTL_RECIPES", str(Path().resolve()))
+    _, _, err = beitctl(capsys, "make", "--recipe", "r", "--only", "first")
+    assert err.splitlines()[-1].endswith("next: beitctl make --recipe r --only second")
+
+
 def test_quiet_leaves_the_folder_on_stdout_and_nothing_on_stderr(capsys):
     code, out, err = beitctl(capsys, "-q", "make", "--recipe", "r.toml", "--only", "second")
     assert (code, out, err) == (0, f"{folders('make.second')[0]}\n", "")
@@ -308,8 +340,19 @@ def test_sigterm_before_training_ends_with_75():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         75,
-        "error: stopped by SIGTERM; the same command goes on where this one ended\n",
+        "stopped by SIGTERM; the same command goes on where this one ended\n",
     )
+
+
+def test_sigterm_while_a_plugin_is_imported_is_no_error_of_the_plugin(tmp_path):
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    code = (
+        "import sys; from importlib.metadata import EntryPoint; from beitctl import cli, registry; "
+        "registry._entries = lambda group: (EntryPoint('slow', 'slow:Stage', group),); "
+        "sys.argv = ['beitctl', 'slow']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, "cannot be imported" in done.stderr) == (75, False)
 
 
 def test_every_stage_has_the_same_options(capsys):

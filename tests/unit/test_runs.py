@@ -149,12 +149,9 @@ def test_a_workplace_is_for_one_process_and_names_it(tmp_path):
 
 
 def test_a_lock_ends_with_its_process_even_when_that_is_killed(tmp_path):
-    code = "import pathlib, sys; from beitctl import runs; w = runs.Workplace(pathlib.Path(sys.argv[1]))\ninput()"
+    code = "import pathlib, sys; from beitctl import runs; work = runs.Workplace(pathlib.Path(sys.argv[1]))"
     child = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", f"{code}; input()", tmp_path], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     while not (tmp_path / "lock").exists() or not (tmp_path / "lock").read_text():
         assert child.poll() is None
