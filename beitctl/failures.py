@@ -63,7 +63,8 @@ def show(error: BaseException) -> int:
         if os.environ.get("BEITCTL_DEBUG", "") not in ("", "0"):
             sys.stderr.write("".join(traceback.format_exception(error)))
         where = f" (rank {place})" if place else ""
-        sys.stderr.write("".join(f"error{where}: {line}\n" for line in _lines(error)))
+        start = "" if status(error) == "stopped" else f"error{where}: "
+        sys.stderr.write("".join(f"{start}{line}\n" for line in _lines(error)))
         sys.stderr.flush()
     return code
 

@@ -171,6 +171,8 @@ class Pipeline:
         facts = runs.facts(
             table, self.recipe.name, identity, parents, command=self.options.command, world=self.ranks.world
         )
+        if run is not None:
+            facts["id"] = run.manifest.get("id", facts["id"])  # it stays, even if the code has changed since
         runs.write_file(folder / "recipe.toml", self.recipe.text)
         self._place.begin(table, facts)
         inputs = {f"@{key}": str(parent.folder) for key, parent in parents.items()}

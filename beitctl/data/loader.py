@@ -136,9 +136,7 @@ def _same(batches: list[Batch]) -> list[Batch]:
     return batches
 
 
-def prepared(
-    stream: "Stream", seed: int, limit: int = 0
-) -> "Iterator[tuple[Example, Item]]":
+def prepared(stream: "Stream", seed: int, limit: int = 0) -> "Iterator[tuple[Example, Item]]":
     """The examples of a stream once, in order, with fixed draws; those that cannot be read are left out."""
     count = len(stream.examples) if not limit else min(limit, len(stream.examples))
     for index in range(count):

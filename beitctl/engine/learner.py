@@ -58,7 +58,9 @@ class MultiwayLearner(nn.Module):
     entry_points: ClassVar = ("outputs",)
     """Methods besides ``forward`` that FSDP gathers the weights for."""
 
-    def __init__(self, model: Multiway, objectives: Sequence[Objective], tools: "Mapping[str, Tools]") -> None:
+    def __init__(
+        self, model: Multiway, objectives: Sequence[Objective], tools: "Mapping[str, Tools]"
+    ) -> None:
         super().__init__()
         self.model = model
         self.objectives = tuple(objectives)

@@ -276,5 +276,3 @@ def evaluate(learner: Any, batches: Iterator[Any], ranks: Ranks) -> dict[str, fl
         if count:
             found |= {f"{term}/loss": loss / count, f"{term}/accuracy": hits / count}
     return found
-
-

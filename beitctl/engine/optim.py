@@ -94,4 +94,6 @@ def clip(module: nn.Module, limit: float) -> Tensor:
 
 def weights_and_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
     """Everything a checkpoint holds: parameters, buffers, AdamW's moments."""
-    return {f"learner.{name}": value for name, value in module.state_dict().items()} | moments(module, optimizer)
+    return {f"learner.{name}": value for name, value in module.state_dict().items()} | moments(
+        module, optimizer
+    )

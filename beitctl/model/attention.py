@@ -1,7 +1,8 @@
 """Attention over the sequences of a packed batch.
 
 Backends read queries, keys and values in modality-major rows and return contexts in the same rows.
-``padded`` runs everywhere and is the reference: sequences are gathered into a grid (S, M) with a key mask.
+``padded`` runs everywhere and is the reference: sequences are gathered into a grid (S, M) per kind, with a key
+mask.
 """
 
 from dataclasses import dataclass
@@ -16,16 +17,25 @@ from beitctl.model.plan import BatchPlan
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Sequences of one kind, padded to the longest of them."""
+
+    sequences: int
+    longest: int
+    key_mask: Tensor | None
+    """(S, 1, 1, M) bool, True at tokens; None when nothing is padded."""
+
+
+@dataclass(frozen=True)
 class Layout:
     """The index tensors of a plan on the device."""
 
     plan: BatchPlan
+    grids: tuple[Grid, ...]
     gather: Tensor
-    """(S * M,) row of every slot of the padded grid; 0 at padding."""
+    """(slots,) row of every slot of all grids, one after the other; 0 at padding."""
     slots: Tensor
     """(T,) slot of every row."""
-    key_mask: Tensor | None
-    """(S, 1, 1, M) bool, True at tokens; None when all sequences have one length."""
     row_sequence: Tensor
     """(T,) sequence of every row."""
     text_positions: Tensor
@@ -34,15 +44,18 @@ class Layout:
     @classmethod
     def of(cls, plan: BatchPlan, device: torch.device) -> "Layout":
         """Copy the indices of a plan to a device."""
-        grid, slots = plan.padded
-        rows = torch.from_numpy(grid)
-        real = rows >= 0
-        mask = None if bool(real.all()) else real[:, None, None, :].to(device)
+        rows = [torch.from_numpy(grid) for grid in plan.grids]
+        grids = []
+        for part in rows:
+            real = part >= 0
+            mask = None if bool(real.all()) else real[:, None, None, :].to(device)
+            grids.append(Grid(part.shape[0], part.shape[1], mask))
+        flat = torch.cat([torch.zeros(0, dtype=torch.int64), *(part.flatten() for part in rows)])
         return cls(
             plan=plan,
-            gather=rows.clamp(min=0).flatten().to(device),
-            slots=torch.from_numpy(slots).to(device),
-            key_mask=mask,
+            grids=tuple(grids),
+            gather=flat.clamp(min=0).to(device),
+            slots=torch.from_numpy(plan.slots).to(device),
             row_sequence=torch.from_numpy(plan.row_sequence).to(device),
             text_positions=torch.from_numpy(plan.text_positions).to(device),
         )
@@ -87,18 +100,22 @@ def attend(qkv: Tensor, layout: Layout, heads: int) -> Tensor:
     total, triple = qkv.shape
     if total == 0:
         return qkv[:, : triple // 3]
-    grid = _Gather.apply(qkv, layout.gather, layout.slots)
-    sequences = layout.plan.sequences
-    grid = grid.view(sequences, -1, 3, heads, triple // 3 // heads)  # (S, M, 3, H, d/H)
-    q, k, v = grid.permute(2, 0, 3, 1, 4)  # each (S, H, M, d/H)
-    if q.is_cuda:  # never cuDNN with a mask: pytorch#196678
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_mask)
-    else:
-        context = _plain(q, k, v, layout.key_mask)
-    flat = context.transpose(1, 2).reshape(-1, triple // 3)  # (S * M, d)
-    scattered: Tensor = _Scatter.apply(flat, layout.slots)
+    slots = _Gather.apply(qkv, layout.gather, layout.slots)
+    contexts = []
+    parts = slots.split([grid.sequences * grid.longest for grid in layout.grids])
+    for grid, part in zip(layout.grids, parts, strict=True):
+        part = part.view(grid.sequences, grid.longest, 3, heads, triple // 3 // heads)  # (S, M, 3, H, d/H)
+        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (S, H, M, d/H)
+        context = _fused(q, k, v, grid.key_mask) if q.is_cuda else _plain(q, k, v, grid.key_mask)
+        contexts.append(context.transpose(1, 2).reshape(-1, triple // 3))  # (S * M, d)
+    scattered: Tensor = _Scatter.apply(torch.cat(contexts), layout.slots)
     return scattered
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Softmax attention of (S, H, M, d/H) by PyTorch's kernels; never cuDNN with a mask (pytorch#196678)."""
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -73,9 +73,7 @@ class Block(nn.Module):
         fusion = bool(config.vocabulary) and index >= config.layers - config.fusion_layers
         branches = ["shared"] if config.attention == "shared" else modalities
         self.attention = nn.ModuleDict({name: Attention(config) for name in branches})
-        self.ffn = nn.ModuleDict(
-            {name: FeedForward(config) for name in modalities + ["fusion"] * fusion}
-        )
+        self.ffn = nn.ModuleDict({name: FeedForward(config) for name in modalities + ["fusion"] * fusion})
         self.heads = config.heads
 
     def forward(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
@@ -232,8 +230,10 @@ class Multiway(nn.Module):
             side = self.config.image_px
             image = self.vision_embed.position.new_zeros(0, self.config.channels, side, side)
             image_mask = None
-        real = None if text is None else (
-            torch.ones_like(text, dtype=torch.bool) if text_pad is None else ~text_pad
+        real = (
+            None
+            if text is None
+            else (torch.ones_like(text, dtype=torch.bool) if text_pad is None else ~text_pad)
         )
         ids = None if text is None or real is None else text[real]
         rows = self.encode(Packed(layout, image, image_mask, ids))

@@ -106,15 +106,29 @@ class BatchPlan:
         return found
 
     @cached_property
-    def padded(self) -> tuple[Ints, Ints]:
-        """Rows to a padded grid and back: (S, M) row of each slot, -1 at padding; (T,) slot of each row."""
-        longest = int(self.lengths.max(initial=0))
-        grid = np.full((self.sequences, longest), -1, dtype=np.int64)
-        filled = np.arange(longest)[None, :] < self.lengths[:, None]
-        grid[filled] = self.perm
+    def grids(self) -> list[Ints]:
+        """Rows to padded grids, one (S, M) for images, one for pairs, one for texts; -1 at padding.
+
+        One grid for all would pad every sequence to the longest pair.
+        """
+        ends = np.cumsum([self.images, self.pairs, len(self.text_lengths)])
+        grids = []
+        for first, last in zip([0, *ends[:-1]], ends, strict=True):
+            lengths = self.lengths[first:last]
+            grid = np.full((len(lengths), int(lengths.max(initial=0))), -1, dtype=np.int64)
+            filled = np.arange(grid.shape[1])[None, :] < lengths[:, None]
+            grid[filled] = self.perm[self.cu_seqlens[first] : self.cu_seqlens[last]]
+            if len(lengths):
+                grids.append(grid)
+        return grids
+
+    @cached_property
+    def slots(self) -> Ints:
+        """(T,) place of each row in the grids, flattened one after the other."""
+        flat = np.concatenate([np.zeros(0, np.int64), *(grid.ravel() for grid in self.grids)])
         slots = np.empty(self.tokens, dtype=np.int64)
-        slots[self.perm] = np.flatnonzero(filled)
-        return grid, slots
+        slots[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+        return slots
 
     def image_rows(self, first: int, count: int) -> Ints:
         """(count, P) rows of pictures ``first``.. in the order of the pixel tensor."""

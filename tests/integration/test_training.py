@@ -15,7 +15,10 @@ from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
 EXACT = ["--set", "train.precision='fp32'", "--set", "train.log_every_steps=1"]
-ENV = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1", "CI": "1"}
+ENV = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
+    "OMP_NUM_THREADS": "1",
+    "CI": "1",
+}
 
 
 def command(root, out, *arguments, module=("-m", "beitctl")):
@@ -61,9 +64,13 @@ def root(tmp_path_factory):
     """A runs folder with the tokenizers and the token store of recipe tiny."""
     folder = tmp_path_factory.mktemp("runs")
     line = [sys.executable, "-m", "beitctl", "tokenize-images", "--recipe", "tiny"]
-    subprocess.run(line, env=ENV | {"BEITCTL_RUNS": str(folder)}, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        line, env=ENV | {"BEITCTL_RUNS": str(folder)}, check=True, capture_output=True, timeout=120
+    )
     line[3:] = ["train-tokenizer", "--recipe", "tiny", "--only", "text"]
-    subprocess.run(line, env=ENV | {"BEITCTL_RUNS": str(folder)}, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        line, env=ENV | {"BEITCTL_RUNS": str(folder)}, check=True, capture_output=True, timeout=120
+    )
     return folder
 
 
@@ -81,7 +88,9 @@ def test_two_processes_learn_what_one_does(root, straight):
 
 def test_torchrun_learns_the_same(root, straight):
     line, options = command(
-        root, root / "torchrun", module=("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "beitctl")
+        root,
+        root / "torchrun",
+        module=("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "beitctl"),
     )
     done = subprocess.run(line, **options, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,15 @@ MODELS = {
 
 def model_of(settings):
     config = ModelConfig(
-        layers=3, width=24, heads=3, ffn=40, image_px=12, patch_px=4, vocabulary=30, text_tokens=12, **settings
+        layers=3,
+        width=24,
+        heads=3,
+        ffn=40,
+        image_px=12,
+        patch_px=4,
+        vocabulary=30,
+        text_tokens=12,
+        **settings,
     )
     model = Multiway(config).double()
     generator = torch.Generator().manual_seed(1)
@@ -62,7 +70,9 @@ def linear(module, x):
 
 def norm(module, x):
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + module.eps).sqrt() * module.weight + module.bias
+    return (
+        centred / (centred.square().mean(-1, keepdim=True) + module.eps).sqrt() * module.weight + module.bias
+    )
 
 
 def one_sequence(model, picture, mask, text, keep):
@@ -87,7 +97,9 @@ def one_sequence(model, picture, mask, text, keep):
         for row, kind in zip(x, kinds, strict=True):
             expert = block.ffn["fusion" if pair and "fusion" in block.ffn else kind]
             hidden = F.gelu(linear(expert.fc1, norm(expert.norm, row)))
-            out.append(linear(expert.fc2, norm(expert.inner_norm, hidden) if config.norm == "sub" else hidden))
+            out.append(
+                linear(expert.fc2, norm(expert.inner_norm, hidden) if config.norm == "sub" else hidden)
+            )
         x = x + keep[index, 1] * torch.stack(out)
     return torch.stack([norm(_branch(model.norm, kind), row) for row, kind in zip(x, kinds, strict=True)])
 
@@ -120,7 +132,10 @@ def attention(branches, x, kinds, config):
 def reference(model, plan, pixels, mask, ids, keep):
     """Rows of the packed buffer, sequence by sequence."""
     rows = {}
-    starts = [plan.cuts[1], *(plan.cuts[1] + x for x in torch.tensor(plan.pair_lengths + plan.text_lengths).cumsum(0).tolist())]
+    starts = [
+        plan.cuts[1],
+        *(plan.cuts[1] + x for x in torch.tensor(plan.pair_lengths + plan.text_lengths).cumsum(0).tolist()),
+    ]
     for s in range(plan.sequences):
         picture = s if s < plan.pictures else None
         text = s - plan.images if s >= plan.images else None

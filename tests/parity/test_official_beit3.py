@@ -15,13 +15,18 @@ from beitctl.model.multiway import Multiway
 
 FOLDER = Path(__file__).parents[3] / "shared" / "reference" / "beit3"
 TOLERANCE = 2e-5
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the reference outputs are not beside this checkout")
+pytestmark = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason="the reference outputs are not beside this checkout"
+)
 
 BRANCH = {"A": "vision", "B": "language"}
 RULES = (
     (r"^text_embed\.weight$", "text_embed.token.weight"),
     (r"^vision_embed\.(cls|mask)_token$", r"vision_embed.\1_token"),
-    (r"^encoder\.layers\.(\d+)\.self_attn\.inner_attn_ln\.(.)\.(.*)$", r"blocks.\1.attention.{\2}.inner_norm.\3"),
+    (
+        r"^encoder\.layers\.(\d+)\.self_attn\.inner_attn_ln\.(.)\.(.*)$",
+        r"blocks.\1.attention.{\2}.inner_norm.\3",
+    ),
     (r"^encoder\.layers\.(\d+)\.self_attn\.out_proj\.(.)\.(.*)$", r"blocks.\1.attention.{\2}.out.\3"),
     (r"^encoder\.layers\.(\d+)\.self_attn_layer_norm\.(.)\.(.*)$", r"blocks.\1.attention.{\2}.norm.\3"),
     (r"^encoder\.layers\.(\d+)\.final_layer_norm\.(.)\.(.*)$", r"blocks.\1.ffn.{\2}.norm.\3"),
@@ -38,7 +43,9 @@ def translated(official, config):
     found["vision_embed.proj.weight"] = state["vision_embed.proj.weight"].flatten(1)
     found["vision_embed.proj.bias"] = state["vision_embed.proj.bias"]
     found["vision_embed.position"] = state["encoder.embed_positions.A.weight"][2:]  # fairseq's offset
-    found["text_embed.position.weight"] = state["encoder.embed_positions.B.weight"][2 : 2 + config.text_tokens]
+    found["text_embed.position.weight"] = state["encoder.embed_positions.B.weight"][
+        2 : 2 + config.text_tokens
+    ]
     for layer in range(config.layers):
         for letter, branch in BRANCH.items():
             for kind in ("weight", "bias"):

@@ -12,7 +12,9 @@ from beitctl.errors import DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-MODEL = ModelConfig(layers=2, width=8, heads=2, ffn=8, image_px=8, patch_px=4, vocabulary=50, text_tokens=8, drop_path=0.2)
+MODEL = ModelConfig(
+    layers=2, width=8, heads=2, ffn=8, image_px=8, patch_px=4, vocabulary=50, text_tokens=8, drop_path=0.2
+)
 
 
 @dataclass
@@ -46,7 +48,9 @@ class Both:
     def prepare(self, example, draw, tools):
         image = draw.integers(0, 256, size=(3, 8, 8)).astype(np.uint8)
         ids = draw.integers(4, 50, size=3)
-        return Item(image=image, text=ids, patch_targets=np.array([-1, 5, -1, 7]), text_targets=np.array([-1, -1, 9]))
+        return Item(
+            image=image, text=ids, patch_targets=np.array([-1, 5, -1, 7]), text_targets=np.array([-1, -1, 9])
+        )
 
 
 def streams(n=10, samples=6):
@@ -64,7 +68,9 @@ def tokens_of(batches):
         texts = torch.split(batch.ids, lengths)
         keep = batch.keep
         pairs = batch.plan.pairs
-        names = [s for s in batch.samples if s.startswith("pair")] + [s for s in batch.samples if s.startswith("text")]
+        names = [s for s in batch.samples if s.startswith("pair")] + [
+            s for s in batch.samples if s.startswith("text")
+        ]
         for index, (name, text) in enumerate(zip(names, texts, strict=True)):
             pixels = int(batch.pixels[index].sum()) if index < pairs else 0
             found.append((name, text.tolist(), pixels, round(float(keep[..., index].sum()), 4)))
@@ -75,7 +81,11 @@ def tokens_of(batches):
 @given(st.integers(1, 5), st.integers(0, 4), st.integers(0, 20), st.integers(0, 3))
 def test_a_step_holds_the_same_samples_on_any_ranks_and_passes(world, micro, step, seed):
     whole = StepData(streams(), MODEL, seed, Place())[step]
-    parts = [batch for rank in range(world) for batch in StepData(streams(), MODEL, seed, Place(rank, world, micro))[step]]
+    parts = [
+        batch
+        for rank in range(world)
+        for batch in StepData(streams(), MODEL, seed, Place(rank, world, micro))[step]
+    ]
     assert tokens_of(parts) == tokens_of(whole)
 
 

@@ -24,9 +24,10 @@ BASE = {"layers": 12, "width": 768, "heads": 12, "ffn": 3072, "vocabulary": 6401
 )
 def test_every_row_belongs_to_one_slot_and_one_sequence(picture, images, pairs, texts):
     plan = plan_of(picture, images, pairs, texts)
-    grid, slots = plan.padded
     assert sorted(plan.perm) == list(range(plan.tokens))
-    assert np.array_equal(grid.ravel()[slots], np.arange(plan.tokens))
+    flat = np.concatenate([np.zeros(0, np.int64), *(grid.ravel() for grid in plan.grids)])
+    assert np.array_equal(flat[plan.slots], np.arange(plan.tokens))
+    assert [len(row[row >= 0]) for grid in plan.grids for row in grid] == plan.lengths.tolist()
     assert np.bincount(plan.row_sequence, minlength=plan.sequences).tolist() == plan.lengths.tolist()
 
 
@@ -68,7 +69,9 @@ def test_the_giant_has_the_papers_parts():
 
 
 def value(name, shape, init="magneto", layers=12, seed=0, width=8):
-    config = ModelConfig(layers=layers, width=width, heads=1, ffn=width, vocabulary=8, text_tokens=4, init=init)
+    config = ModelConfig(
+        layers=layers, width=width, heads=1, ffn=width, vocabulary=8, text_tokens=4, init=init
+    )
     return initial(name, torch.Size(shape), config, seed)
 
 
@@ -100,12 +103,16 @@ def test_magneto_scales_value_output_and_ffn(layers, gain):
 
 
 def test_released_starts_positions_wide_and_tokens_at_zero():
-    assert float(value("model.vision_embed.position", (500, 200), "released").std()) == pytest.approx(1, rel=0.02)
+    assert float(value("model.vision_embed.position", (500, 200), "released").std()) == pytest.approx(
+        1, rel=0.02
+    )
     assert not value("model.vision_embed.cls_token", (8,), "released").any()
 
 
 def test_a_parameter_without_a_rule_is_refused():
-    with pytest.raises(ValueError, match=r"no initial value is defined for parameter model.strange of shape \(3, 3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"no initial value is defined for parameter model.strange of shape \(3, 3, 3\)"
+    ):
         value("model.strange", (3, 3, 3))
 
 

@@ -23,14 +23,18 @@ def test_schedule_without_warmup_starts_at_the_peak():
 
 def test_layer_decay_counts_from_the_top():
     assert optim.layer_scale("model.vision_embed.proj.weight", 12, 0.65) == pytest.approx(0.003697, abs=1e-6)
-    assert optim.layer_scale("model.blocks.0.ffn.vision.fc1.weight", 12, 0.65) == pytest.approx(0.005688, abs=1e-6)
+    assert optim.layer_scale("model.blocks.0.ffn.vision.fc1.weight", 12, 0.65) == pytest.approx(
+        0.005688, abs=1e-6
+    )
     assert optim.layer_scale("model.blocks.11.ffn.vision.fc1.weight", 12, 0.65) == 0.65
     assert optim.layer_scale("heads.classifier.linear.weight", 12, 0.65) == 1.0
     assert optim.layer_scale("model.norm.shared.weight", 12, 0.65) == 1.0
 
 
 def multiway():
-    config = ModelConfig(layers=2, width=8, heads=2, ffn=8, image_px=8, patch_px=4, vocabulary=9, text_tokens=4)
+    config = ModelConfig(
+        layers=2, width=8, heads=2, ffn=8, image_px=8, patch_px=4, vocabulary=9, text_tokens=4
+    )
     return Multiway(config)
 
 
@@ -83,7 +87,10 @@ def test_impossible_optimizer_settings_are_named(settings, text):
         ({"steps": 0}, r"steps \(0\) must be at least 1"),
         ({"save_every_minutes": 0}, r"save_every_minutes \(0\) must be positive"),
         ({"workers": -1}, "must not be negative"),
-        ({"optim": OptimConfig(peak_lr=1.0, warmup_steps=9)}, r"warmup_steps \(9\) must not exceed steps \(5\)"),
+        (
+            {"optim": OptimConfig(peak_lr=1.0, warmup_steps=9)},
+            r"warmup_steps \(9\) must not exceed steps \(5\)",
+        ),
     ],
 )
 def test_impossible_training_settings_are_named(settings, text):

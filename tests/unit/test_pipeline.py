@@ -100,14 +100,17 @@ def test_a_run_that_failed_is_continued_in_its_folder(capsys):
     assert calls(folder) == ["begun", "resumed"]
 
 
-def test_a_continued_run_keeps_the_time_when_it_began(capsys):
+def test_a_continued_run_keeps_its_id_and_the_time_when_it_began(capsys, monkeypatch):
     break_it("stopped")
     beitctl(capsys, "make", "--recipe", "r.toml")
     (folder,) = folders("make.first")
-    began = runs.read(folder).manifest["started"]
+    before = runs.read(folder).manifest
     repair()
+    other_code(monkeypatch)
     run(capsys, "make", "--recipe", "r.toml")
-    assert runs.read(folder).manifest["started"] == began
+    after = runs.read(folder).manifest
+    assert [after[key] for key in ("id", "started")] == [before[key] for key in ("id", "started")]
+    assert after["code_hash"] == "other"
 
 
 def test_a_stage_runs_first_what_it_refers_to(capsys):
@@ -115,6 +118,15 @@ def test_a_stage_runs_first_what_it_refers_to(capsys):
     assert "[use] needs [make.first], which has no finished run: running that first" in err
     seen = runs.read(folders("use")[0]).metrics["seen"]
     assert seen == str(folders("make.first")[0])
+
+
+def test_a_stage_reads_a_finished_run_even_if_a_newer_one_was_stopped(capsys):
+    run(capsys, "make", "--recipe", "r.toml")
+    break_it("stopped")
+    beitctl(capsys, "make", "--recipe", "r.toml", "--only", "first", "--no-resume")
+    run(capsys, "use", "--recipe", "r.toml")
+    assert [runs.read(folder).ok for folder in folders("make.first")] == [True, False]
+    assert runs.read(folders("use")[0]).metrics["seen"] == str(folders("make.first")[0])
 
 
 def test_a_stage_leaves_alone_what_it_does_not_refer_to(capsys):
@@ -358,14 +370,15 @@ def on_two_ranks():
     return [pipeline.Pipeline(recipe.load("r.toml"), options, Rank(wire, main)) for main in (True, False)]
 
 
-def test_other_ranks_work_in_the_folder_that_rank_0_chose_and_write_nothing_there():
+def test_other_ranks_work_in_the_folder_that_rank_0_chose_and_record_nothing():
     first, second = on_two_ranks()
-    first.stage(["use"])
-    (folder,) = folders("use")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    second.stage(["use"])
+    first.stage(["make.second"])
+    (folder,) = folders("make.second")
+    records = {name: (folder / name).read_bytes() for name in ("events.jsonl", "manifest.json")}
+    second.stage(["make.second"])
     assert second.folders == first.folders
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert calls(folder) == ["begun", "begun"]
+    assert {name: (folder / name).read_bytes() for name in records} == records
     assert runs.read(folder).manifest["world"] == 2
 
 

@@ -146,6 +146,7 @@ def test_a_workplace_is_for_one_process_and_names_it(tmp_path):
         Workplace(tmp_path)
     first.close()
     Workplace(tmp_path).close()
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
 
 def test_a_lock_ends_with_its_process_even_when_that_is_killed(tmp_path):

@@ -23,7 +23,9 @@ def unit(*angles):
 def test_it_starts_on_the_clusters_of_the_data():
     found = book()
     centres = unit(0.0, 1.5, 3.0, 4.5)
-    cloud = F.normalize(centres.repeat(50, 1) + 0.01 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0)), dim=-1)
+    cloud = F.normalize(
+        centres.repeat(50, 1) + 0.01 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     found.start(cloud)
     assert len(found.assign(centres).unique()) >= 3
     assert torch.allclose(found.vectors.norm(dim=-1), torch.ones(4))
@@ -72,7 +74,15 @@ def test_perplexity_counts_codes_in_even_use():
 @pytest.fixture
 def model():
     config = ModelConfig(
-        layers=2, width=16, heads=2, ffn=32, image_px=16, patch_px=4, norm="pre", key_bias=False, init="magneto"
+        layers=2,
+        width=16,
+        heads=2,
+        ffn=32,
+        image_px=16,
+        patch_px=4,
+        norm="pre",
+        key_bias=False,
+        init="magneto",
     )
     found = VQKDModel(config, 1, 5, book(codes=8, width=4))
     with torch.no_grad():

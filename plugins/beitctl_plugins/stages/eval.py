@@ -67,9 +67,9 @@ class Eval(Plugin):
 
         ranks = dist.start()
         stored = read_model(job.path(self.model))
-        metrics = {"knn": self._knn, "zero-shot-retrieval": self._zero_shot, "task": self._task}[self.protocol](
-            stored, job, ranks.device
-        )
+        metrics = {"knn": self._knn, "zero-shot-retrieval": self._zero_shot, "task": self._task}[
+            self.protocol
+        ](stored, job, ranks.device)
         ranks.barrier()
         job.log.evaluation(self.protocol, 0, metrics)
         self._check(metrics)
@@ -91,7 +91,9 @@ class Eval(Plugin):
     def _tools(self, stored: "Stored") -> Tools:
         from beitctl_plugins.stages.shared import pictures
 
-        return Tools(stored.model, stored.text_tokenizer(), labels=stored.labels, train=False, pictures=pictures())
+        return Tools(
+            stored.model, stored.text_tokenizer(), labels=stored.labels, train=False, pictures=pictures()
+        )
 
     def _knn(self, stored: "Stored", job: Job, device: "torch.device") -> dict[str, float]:
         """Share of right labels among the nearest neighbours, for the model and for random weights."""
@@ -136,7 +138,9 @@ class Eval(Plugin):
         if not labels:
             raise DataError("no labelled picture to measure k-NN with")
         for start in range(0, len(rows), 64):
-            pixels = torch.from_numpy(np.stack(rows[start : start + 64])).to(model.vision_embed.position.device)
+            pixels = torch.from_numpy(np.stack(rows[start : start + 64])).to(
+                model.vision_embed.position.device
+            )
             with torch.no_grad():
                 found.append(model(normalise(pixels, HALF))[:, 1:].mean(1))
         features = torch.cat(found)
@@ -155,7 +159,9 @@ class Eval(Plugin):
         opened = self.source.open()
         found = [opened[i] for i in range(len(opened)) if opened[i].captions]
         if len(found) < 2:
-            raise UserError(f"retrieval needs at least two pictures with captions, the source has {len(found)}")
+            raise UserError(
+                f"retrieval needs at least two pictures with captions, the source has {len(found)}"
+            )
         step = max(1, len(found) // self.limit) if self.limit else 1
         return found[::step][: self.limit or None]
 

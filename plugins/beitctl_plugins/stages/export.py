@@ -50,7 +50,9 @@ class Export(Plugin):
         ranks.barrier()
         job.log.note(f"exported to {folder}, largest difference after reloading {difference:.1e}")
         if difference > self.tolerance:
-            raise CheckFailed(f"outputs differ by {difference:.2e} after reloading (tolerance {self.tolerance:.0e})")
+            raise CheckFailed(
+                f"outputs differ by {difference:.2e} after reloading (tolerance {self.tolerance:.0e})"
+            )
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         parameters = sum(value.numel() for value in stored.tensors.values())
         return {"max_difference": difference, "parameters": parameters, "bytes": size}

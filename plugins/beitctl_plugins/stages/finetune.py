@@ -66,7 +66,10 @@ class Finetune(Plugin):
         ranks = dist.start()
         stored = read_model(job.path(self.init))
         self._check_share(ranks)
-        found = [self._once(stored, seed, first=index == 0, ranks=ranks, job=job) for index, seed in enumerate(self.seeds)]
+        found = [
+            self._once(stored, seed, first=index == 0, ranks=ranks, job=job)
+            for index, seed in enumerate(self.seeds)
+        ]
         averaged = {key: sum(metrics[key] for metrics in found) / len(found) for key in found[0]}
         return averaged | {"seeds": {str(s): m for s, m in zip(self.seeds, found, strict=True)}}
 

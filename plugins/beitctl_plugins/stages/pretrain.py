@@ -56,9 +56,13 @@ class Pretrain(Plugin):
         from beitctl.model.multiway import Multiway
         from beitctl.model.sizes import parameter_parts
 
-        tools = Tools(self.model, _Planned(self.model.vocabulary), _PlannedTokens(self.expect_codes, self.model.grid))
+        tools = Tools(
+            self.model, _Planned(self.model.vocabulary), _PlannedTokens(self.expect_codes, self.model.grid)
+        )
         with torch.device("meta"):
-            learner = MultiwayLearner(Multiway(self.model), self._objectives(), dict.fromkeys(self.objectives, tools))
+            learner = MultiwayLearner(
+                Multiway(self.model), self._objectives(), dict.fromkeys(self.objectives, tools)
+            )
         steps = self.train.steps
         return {
             "parameters": parameter_parts(learner.model, learner.heads),
@@ -92,9 +96,7 @@ class Pretrain(Plugin):
 
         ranks = dist.start()
         tokenizer = shared.open_text(job, self.text_tokenizer)
-        tools = Tools(
-            self.model, tokenizer, shared.open_tokens(job, self.tokens), pictures=shared.pictures()
-        )
+        tools = Tools(self.model, tokenizer, shared.open_tokens(job, self.tokens), pictures=shared.pictures())
         streams = [self._stream(name, table, table.source, tools) for name, table in self.objectives.items()]
         config, seed = self.model, self.train.seed
         learner = shared.build(
@@ -171,7 +173,9 @@ def _most_frequent(data: "StepData", learner: "MultiwayLearner") -> dict[str, in
                 for short, term in objective.task.terms().items():
                     targets.setdefault(objective.term(short), []).append(found[term.unit].numpy())
     joined = {term: np.concatenate(parts) for term, parts in targets.items()}
-    return {term: int(np.bincount(all_[all_ >= 0]).argmax()) for term, all_ in joined.items() if (all_ >= 0).any()}
+    return {
+        term: int(np.bincount(all_[all_ >= 0]).argmax()) for term, all_ in joined.items() if (all_ >= 0).any()
+    }
 
 
 def _share_of(guess: int, term: str, items: Mapping[str, tuple[Any, Any]]) -> float:

@@ -106,10 +106,10 @@ def first_and_last(job: Job, key: str) -> tuple[float, float]:
     return values[0], sum(tail) / len(tail)
 
 
-
-
 @torch.no_grad()
-def outputs(learner: MultiwayLearner, stream: Stream, ranks: Ranks, size: int = 64) -> tuple[list[Example], list[Any]]:
+def outputs(
+    learner: MultiwayLearner, stream: Stream, ranks: Ranks, size: int = 64
+) -> tuple[list[Example], list[Any]]:
     """What the learner's first task says of every example of a stream, batch by batch; same on every rank."""
     learner.eval()
     found = list(prepared(stream, 0))

@@ -65,7 +65,9 @@ def _split(items: Sequence[Any], predicted: "np.ndarray[Any, Any]") -> list["np.
     return np.split(predicted, np.cumsum(sizes)[:-1])
 
 
-def _picture_row(item: Any, predicted: "np.ndarray[Any, Any]", patches: "np.ndarray[Any, Any]") -> figures.Row:
+def _picture_row(
+    item: Any, predicted: "np.ndarray[Any, Any]", patches: "np.ndarray[Any, Any]"
+) -> figures.Row:
     mask = item.patch_targets >= 0
     codes = np.full(len(mask), -1)
     codes[mask] = predicted
@@ -85,7 +87,10 @@ def _picture_row(item: Any, predicted: "np.ndarray[Any, Any]", patches: "np.ndar
 
 
 def _fill(
-    original: "np.ndarray[Any, Any]", mask: "np.ndarray[Any, Any]", patches: "np.ndarray[Any, Any]", codes: Any
+    original: "np.ndarray[Any, Any]",
+    mask: "np.ndarray[Any, Any]",
+    patches: "np.ndarray[Any, Any]",
+    codes: Any,
 ) -> "np.ndarray[Any, Any]":
     """Draw the patch of each code over the hidden places of a picture (H, W, 3)."""
     grid = int(len(mask) ** 0.5)
@@ -115,7 +120,10 @@ def _texts(items: Sequence[Any], words: "np.ndarray[Any, Any]", stream: Stream, 
         seen = ["____" if i in set(hidden) else seen[i] for i in range(len(seen))]
         lines.append([_joined(seen), _joined(marked), tokenizer.decode(true)])
     job.log.table(
-        f"texts-{name}", f"Hidden words, objective '{name}'", ("seen", "predicted in [brackets]", "true"), lines
+        f"texts-{name}",
+        f"Hidden words, objective '{name}'",
+        ("seen", "predicted in [brackets]", "true"),
+        lines,
     )
 
 

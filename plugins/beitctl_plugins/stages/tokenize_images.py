@@ -73,11 +73,15 @@ class TokenizeImages(Plugin):
         work = _Work(self, tokenizer, opened, Pictures(), job)
         shards = [places[i : i + self.shard_pictures] for i in range(0, len(places), self.shard_pictures)]
         done = writer.done() if job.resume else set()
-        with torch.autocast(ranks.device.type, torch.bfloat16, compute_dtype("auto", ranks.device) != torch.float32):
+        with torch.autocast(
+            ranks.device.type, torch.bfloat16, compute_dtype("auto", ranks.device) != torch.float32
+        ):
             for index, shard in enumerate(shards):
                 if index % ranks.world == ranks.rank and index not in done:
                     work.shard(index, shard, writer)
-                    job.log.step(index + 1, len(shards), {"pictures": float((index + 1) * self.shard_pictures)})
+                    job.log.step(
+                        index + 1, len(shards), {"pictures": float((index + 1) * self.shard_pictures)}
+                    )
         return self._finish(work, writer, ranks, job, len(places))
 
     def _finish(
@@ -109,7 +113,13 @@ class _Work:
         pictures: "Pictures",
         job: Job,
     ) -> None:
-        self.stage, self.tokenizer, self.opened, self.pictures, self.job = stage, tokenizer, opened, pictures, job
+        self.stage, self.tokenizer, self.opened, self.pictures, self.job = (
+            stage,
+            tokenizer,
+            opened,
+            pictures,
+            job,
+        )
         self.skipped: list[str] = []
 
     def shard(self, index: int, places: Sequence[tuple[int, int]], writer: "TokenStoreWriter") -> None:

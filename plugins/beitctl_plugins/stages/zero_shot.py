@@ -30,7 +30,9 @@ def pair_scores(stored: Stored, examples: Sequence[Example], tools: Tools, devic
         UserError: the model was not pretrained on text.
     """
     if "heads.text_tokens.weight" not in stored.tensors:
-        raise UserError(f"{stored.folder}: no head for text tokens; zero-shot retrieval needs a pretrained model")
+        raise UserError(
+            f"{stored.folder}: no head for text tokens; zero-shot retrieval needs a pretrained model"
+        )
     model = Multiway(stored.model).to(device).eval()
     fit(stored.tensors, model, "model.", stored.folder)
     head = nn.Linear(stored.model.width, stored.model.vocabulary).to(device)

@@ -51,7 +51,7 @@ class Classification(Plugin):
         if len(tools.labels) < 2:
             raise UserError(
                 f"classification needs at least two classes, the source has {len(tools.labels)}: "
-                "give an image-folder with labels = \"folders\", or pairs with a label column"
+                'give an image-folder with labels = "folders", or pairs with a label column'
             )
         return {HEAD: PooledClassifier(tools.model.width, len(tools.labels), tools.model.norm_eps)}
 
@@ -68,9 +68,7 @@ class Classification(Plugin):
 
     def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
         logits = self.output(rows, group, heads)
-        total = F.cross_entropy(
-            logits, group.labels, reduction="sum", label_smoothing=self.label_smoothing
-        )
+        total = F.cross_entropy(logits, group.labels, reduction="sum", label_smoothing=self.label_smoothing)
         return {"": (total, (logits.detach().argmax(-1) == group.labels).sum())}
 
     def score(
@@ -104,12 +102,17 @@ class Classification(Plugin):
         wrong = [i for i in order if int(said[i]) != truth[i]][:8]
         right = [i for i in order if int(said[i]) == truth[i]][:8]
         rows = [
-            figures.Row([self._tile(i, examples[i], int(said[i]), float(sure[i]), tools) for i in chosen], title)
+            figures.Row(
+                [self._tile(i, examples[i], int(said[i]), float(sure[i]), tools) for i in chosen], title
+            )
             for chosen, title in ((right, "surest right answers"), (wrong, "surest mistakes"))
             if chosen
         ]
         log.figure(
-            "answers", figures.gallery(rows, tile_px=96), "Answers", "Class given and its probability; true class below."
+            "answers",
+            figures.gallery(rows, tile_px=96),
+            "Answers",
+            "Class given and its probability; true class below.",
         )
 
     @staticmethod

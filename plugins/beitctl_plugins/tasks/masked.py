@@ -138,7 +138,7 @@ def _tokens(tools: Tools) -> Any:
         UserError: there is none, or it was made for another patch grid.
     """
     if tools.tokens is None:
-        raise UserError("this task predicts image codes: set tokens, for example to \"@tokenize-images\"")
+        raise UserError('this task predicts image codes: set tokens, for example to "@tokenize-images"')
     if tools.tokens.grid != tools.model.grid:
         raise UserError(
             f"the token store has {tools.tokens.grid} x {tools.tokens.grid} codes a picture, the model "

@@ -133,14 +133,18 @@ def chance(hits: Tensor, k: int) -> float:
     return sum(means) / len(means)
 
 
-def retrieval_gallery(scores: Tensor, examples: Sequence[Example], tools: Tools, log: Log, shown: int = 8) -> None:
+def retrieval_gallery(
+    scores: Tensor, examples: Sequence[Example], tools: Tools, log: Log, shown: int = 8
+) -> None:
     """Draw captions with their five best pictures, the right ones framed."""
     hits = same_caption(examples)
     rows = []
     for query in torch.linspace(0, len(examples) - 1, min(shown, len(examples))).round().int().tolist():
         best = scores[query].argsort(descending=True)[:5].tolist()
         tiles = [
-            figures.Tile(_thumbnail(examples[i], tools), examples[i].captions[0], "right" if hits[query, i] else None)
+            figures.Tile(
+                _thumbnail(examples[i], tools), examples[i].captions[0], "right" if hits[query, i] else None
+            )
             for i in best
         ]
         rows.append(figures.Row(tiles, examples[query].captions[0]))
@@ -157,5 +161,7 @@ def _thumbnail(example: Example, tools: Tools) -> "np.ndarray[Any, Any]":
     if example.image is None:
         raise DataError(f"{example.id}: no picture")
     picture = tools.pictures.open(example.image, example.id)
-    found: np.ndarray[Any, Any] = tools.pictures.crop(picture, centre_crop(*picture.size), 110).transpose(1, 2, 0)
+    found: np.ndarray[Any, Any] = tools.pictures.crop(picture, centre_crop(*picture.size), 110).transpose(
+        1, 2, 0
+    )
     return found

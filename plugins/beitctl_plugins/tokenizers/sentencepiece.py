@@ -123,7 +123,9 @@ class SentencePiece(Plugin):
             )
         except RuntimeError as error:
             reason = str(error).rpartition("]")[2].strip() or str(error)
-            raise UserError(f"SentencePiece cannot train {self.pieces} pieces on this corpus: {reason}") from error
+            raise UserError(
+                f"SentencePiece cannot train {self.pieces} pieces on this corpus: {reason}"
+            ) from error
         return SentencePieceTokenizer(written.getvalue())
 
 

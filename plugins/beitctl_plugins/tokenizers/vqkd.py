@@ -61,7 +61,9 @@ class _TwoViews:
         if example.image is None:
             raise DataError(f"{example.id}: no picture")
         picture = tools.pictures.open(example.image, example.id)
-        crop = random_crop(*picture.size, draw, scale=self.scale) if tools.train else centre_crop(*picture.size)
+        crop = (
+            random_crop(*picture.size, draw, scale=self.scale) if tools.train else centre_crop(*picture.size)
+        )
         return tuple(tools.pictures.crop(picture, crop, px) for px in self.sizes)
 
 
@@ -262,7 +264,9 @@ class VQKD(Plugin):
         ]
 
     def _model(self, features: int) -> VQKDModel:
-        codebook = Codebook(self.codes, self.code_width, self.decay, self.revive_after, self.train_config.seed)
+        codebook = Codebook(
+            self.codes, self.code_width, self.decay, self.revive_after, self.train_config.seed
+        )
         return VQKDModel(self.shape.encoder(), self.shape.decoder_layers, features, codebook)
 
     def _write(self, weights: Mapping[str, Tensor], features: int, folder: Path) -> None:
@@ -293,7 +297,9 @@ class VQKD(Plugin):
         except (OSError, ValueError) as error:
             raise DataError(f"{folder}: not a readable image tokenizer ({error})") from error
         if digest != note["fingerprint"]:
-            raise DataError(f"{folder / WEIGHTS} was changed after training: its hash is not the one in {NOTE}")
+            raise DataError(
+                f"{folder / WEIGHTS} was changed after training: its hash is not the one in {NOTE}"
+            )
         shape = Shape(**note["shape"])
         codebook = Codebook(note["codes"], note["code_width"], 0.99, 0, 0)
         model = VQKDModel(shape.encoder(), shape.decoder_layers, note["features"], codebook)
@@ -309,7 +315,9 @@ class VQKD(Plugin):
         device = next(teacher.buffers()).device
         tokenizer.model.to(device)
         for views in _fixed(streams):
-            counts += torch.bincount(tokenizer.encode(views.small.to(device)).flatten(), minlength=self.codes).cpu()
+            counts += torch.bincount(
+                tokenizer.encode(views.small.to(device)).flatten(), minlength=self.codes
+            ).cpu()
             if len(cosines) < 8:
                 target = teacher(views.large.to(device).float() / 255)
                 cosines.append(tokenizer.similarity(views.small.to(device), target).mean(1).cpu())
