@@ -185,6 +185,24 @@ class Task(Protocol):
         ...
 
 
+class FinetuneTask(Task, Protocol):
+    """A task that can also measure a fine-tuned model and draw what it does."""
+
+    def score(
+        self, outputs: Sequence[Any], examples: Sequence[Example], tools: Tools, train: Examples
+    ) -> dict[str, float]:
+        """Metrics by name; ``outputs`` are those of ``output`` for ``examples``, batch by batch."""
+        ...
+
+    def draw(self, outputs: Sequence[Any], examples: Sequence[Example], tools: Tools, log: "Log") -> None:
+        """Write figures of the same outputs to the log."""
+        ...
+
+    def model_dump(self, *, mode: str = "python") -> dict[str, Any]:
+        """The task's table, as of every plugin."""
+        ...
+
+
 class TextTokenizer(Protocol):
     """Text to ids in the XLM-R layout: <s> 0, <pad> 1, </s> 2, <unk> 3, pieces from 4, <mask> last."""
 

@@ -1,4 +1,7 @@
-"""The commands that list what there is: recipes, plugins, doctor."""
+"""The commands that list what there is: recipes, plugins, doctor.
+
+Their modules are imported inside the commands, so that --help answers at once.
+"""
 
 import inspect
 import json
@@ -10,9 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from beitctl import doctor, recipe, registry
+from beitctl import registry
 from beitctl.errors import PluginError, RecipeError, SetupError, UserError
-from beitctl.runs import write_file
 
 SCHEMA = "beitctl.schema.json"
 STAGES = "beitctl.stages"
@@ -63,6 +65,8 @@ def stage_help(name: str) -> str:
 @recipes.command("ls")
 def _recipes_ls(as_json: JsonOption = False) -> None:
     """List the recipes."""
+    from beitctl import recipe
+
     rows = []
     for name in recipe.names():
         try:
@@ -78,6 +82,8 @@ def _recipes_ls(as_json: JsonOption = False) -> None:
 @recipes.command("show")
 def _recipes_show(name: NameArgument) -> None:
     """Print the file of a recipe."""
+    from beitctl import recipe
+
     sys.stdout.write(recipe.find(name).read_text(encoding="utf-8"))
 
 
@@ -91,6 +97,8 @@ def _recipes_copy(
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
 ) -> None:
     """Copy a recipe to a file of your own, comments kept."""
+    from beitctl import recipe
+
     recipe.copy(name, file, settings, force=force)
     sys.stderr.write(f"wrote {file}. Next: beitctl recipes check {file}, then beitctl run {file}\n")
 
@@ -100,6 +108,8 @@ def _recipes_check(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Names or files of recipes.")],
 ) -> None:
     """Check recipes: every problem of every one, with line and column."""
+    from beitctl import recipe
+
     problems: list[str] = []
     for file in files:
         try:
@@ -119,6 +129,9 @@ def _recipes_schema(
     write: Annotated[bool, typer.Option("--write", help=f"Write {SCHEMA} instead of printing it.")] = False,
 ) -> None:
     """Print the JSON Schema of recipes, with which editors complete and check them."""
+    from beitctl import recipe
+    from beitctl.runs import write_file
+
     text = json.dumps(recipe.schema(), indent=2) + "\n"
     if not write:
         sys.stdout.write(text)
@@ -147,6 +160,8 @@ def _plugins_ls(as_json: JsonOption = False) -> None:
 
 def check_environment(as_json: JsonOption = False) -> None:
     """Check the environment: versions, GPUs, memory, disk, extras."""
+    from beitctl import doctor
+
     findings = doctor.examine()
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings]) + "\n")

@@ -3,10 +3,11 @@
 Heavy modules are imported inside the commands, so that --help answers at once.
 """
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -108,7 +109,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Records for scripts on
 def main() -> None:
     """Entry point: runs the command of ``sys.argv`` and exits with its code."""
     signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(execute(sys.argv[1:]))
+    code = execute(sys.argv[1:])
+    group = sys.modules.get("torch.distributed")
+    if group is not None and group.is_available() and group.is_initialized():
+        os._exit(code)  # a rank failed: to leave the group in order would take all the others
+    sys.exit(code)
 
 
 def execute(arguments: Sequence[str]) -> int:
@@ -278,21 +283,24 @@ def _write_page(folder: Path) -> None:
     page.write(folder)
 
 
-def _leave(pipeline: "Pipeline") -> None:
-    """Leave the process group together, if there is one."""
-    if pipeline.ranks.world > 1:
-        from beitctl.engine import dist
-
-        dist.start().barrier()
-        dist.start().stop()
+@contextlib.contextmanager
+def _together(context: typer.Context, pipeline: "Pipeline") -> Iterator[None]:
+    """Run tables on all ranks and then leave the process group, if a stage has joined one."""
+    orderly = pipeline.ranks.world == 1
+    try:
+        yield
+        pipeline.ranks.barrier()
+        orderly = True
+    finally:
+        context.obj.ended = pipeline.ended
+        dist = sys.modules.get("beitctl.engine.dist")
+        if dist is not None and orderly:
+            dist.Ranks.stop()
 
 
 def _run_stage(context: typer.Context, pipeline: "Pipeline", keys: Sequence[str]) -> None:
-    try:
+    with _together(context, pipeline):
         pipeline.stage(keys)
-    finally:
-        context.obj.ended = pipeline.ended
-    _leave(pipeline)
     if not pipeline.ranks.main:
         return
     folders = [pipeline.folders[key] for key in keys]
@@ -343,11 +351,8 @@ def _run(  # noqa: PLR0913 - one parameter per option
         return
     _launched(context, gpus)
     pipeline = _pipeline(found, _options(context, found, as_json, root=out, resume=not force))
-    try:
+    with _together(context, pipeline):
         pipeline.everything(until)
-    finally:
-        context.obj.ended = pipeline.ended
-    _leave(pipeline)
     if not pipeline.ranks.main:
         return
     context.obj.ended = False

@@ -34,7 +34,7 @@ class ModelConfig:
     text_tokens: int = 0
     """Longest text in tokens, special tokens included; at least 2 with a language branch."""
     attention: Literal["shared", "decoupled"] = "shared"
-    """``shared``: one set of projections (paper); ``decoupled``: one per modality (released base and large)."""
+    """``shared``: one set of projections (paper); ``decoupled``: one per modality (released base, large)."""
     fusion_layers: int = 0
     """Top layers with vision-language experts for pairs (paper: 3; released models: 0)."""
     norm: Literal["pre", "sub"] = "sub"

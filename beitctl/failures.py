@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import traceback
 
@@ -9,6 +10,12 @@ from beitctl.errors import BeitctlError, Interrupted, Stopped
 
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 FULL = (errno.ENOSPC, errno.EDQUOT)
+PEER_GONE = re.compile(
+    r"gloo/.*(closed by peer|reset by peer|Broken pipe)"
+    r"|ncclRemoteError|Did the remote server shutdown or crash",
+    re.DOTALL,
+)
+"""What torch says in a collective when another process of the group has ended."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -47,6 +54,8 @@ def message(error: BaseException) -> str:
             f"{error.filename or 'the disk'}: {error.strerror}; free some space, then give the same command "
             "again: it goes on from the last checkpoint"
         )
+    if isinstance(error, RuntimeError) and PEER_GONE.search(str(error)):
+        return "another process of this run ended; its message is above"
     if _out_of_memory(error):
         return (
             f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
@@ -57,6 +66,7 @@ def message(error: BaseException) -> str:
 
 def show(error: BaseException) -> int:
     """Tell stderr about an exception, once over all processes where they agree; returns the exit code."""
+    error = _interrupt_behind(error) or error
     code, place = exit_code(error), rank()
     silent = isinstance(error, SystemExit | BrokenPipeError) or (place > 0 and status(error) == "stopped")
     if not silent:
@@ -78,6 +88,13 @@ def rank() -> int:
 def _lines(error: BaseException) -> list[str]:
     problems = getattr(error, "problems", None)
     return list(problems) if isinstance(problems, list) and problems else [message(error)]
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The Ctrl-C that typer turned into an exit."""
+    exit = error.__context__ if isinstance(error, SystemExit) else None
+    cause = exit.__cause__ if exit is not None else None
+    return cause if isinstance(cause, KeyboardInterrupt) else None
 
 
 def _out_of_memory(error: BaseException) -> bool:

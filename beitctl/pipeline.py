@@ -27,6 +27,7 @@ class Ranks(Protocol):
     @property
     def world(self) -> int: ...
     def broadcast_object(self, value: Any) -> Any: ...
+    def barrier(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Alone:
     def broadcast_object(self, value: Any) -> Any:
         """The value itself."""
         return value
+
+    def barrier(self) -> None:
+        """There is nobody to wait for."""
 
 
 class Elsewhere(SystemExit):
@@ -106,6 +110,7 @@ class Pipeline:
             ticket = self._obtain(key, wanted=True)
             if not ticket.run:
                 self._say(f"{key}: cached, {ticket.folder}")
+                self._replay(Path(ticket.folder))
 
     def summary(self) -> dict[str, Any]:
         """The numbers that the recipe's [summary] picks from the tables that are done; all without one."""
@@ -164,7 +169,7 @@ class Pipeline:
             folder = run.folder
         elif exact is not None:
             folder = exact
-            folder.mkdir(parents=True, exist_ok=True)
+            runs.make_folder(folder)
         else:
             folder = runs.new_folder(self.options.root / table.key, identity)
         self._place = Workplace(folder)
@@ -239,6 +244,7 @@ class Pipeline:
                     self._say(f"{table.key}: {'going on with' if ticket.resume else 'running in'} {folder}")
                     log.start(table.plugin.plan())
                 metrics = plain(table.plugin.run(job))
+                self.ranks.barrier()  # raises where a rank failed, which leaves instead of coming here
             except BaseException as error:
                 self._failed(log, error)
                 raise

@@ -146,12 +146,32 @@ def up_to_date(page: Path, folders: Sequence[Path]) -> bool:
         return False
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there yet.
+
+    Raises:
+        UserError: something on the way is no folder and cannot become one.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError) as error:  # below /proc, or below a link to nowhere
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror}: {error.filename}); choose another folder with "
+            "--out or BEITCTL_RUNS"
+        ) from error
+
+
 def new_folder(parent: Path, identity: Identity) -> Path:
-    """Make ``parent/<time>-<hash8>``, with the next second where that is taken."""
+    """Make ``parent/<time>-<hash8>``, with the next second where that is taken.
+
+    Raises:
+        UserError: ``parent`` cannot be made.
+    """
+    make_folder(parent)
     while True:
         folder = parent / f"{datetime.now():%Y%m%d-%H%M%S}-{identity.fingerprint[:8]}"
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             time.sleep(0.1)
         else:

@@ -20,7 +20,7 @@ from beitctl.api import Tools
 from beitctl.config import ModelConfig
 from beitctl.errors import DataError, UserError
 from beitctl.model.attention import Layout
-from beitctl.model.multiway import Multiway, Packed
+from beitctl.model.multiway import Multiway, Packed, real_tokens
 from beitctl.model.plan import plan_of
 
 WEIGHTS = "model.safetensors"
@@ -81,12 +81,12 @@ def save_model(
 
 
 def find_model(path: Path) -> Path:
-    """The folder with ``model.safetensors`` that a path means: itself, its ``weights``, or beside a file.
+    """The folder with ``model.safetensors`` that a path means: itself, its ``weights``, or that file.
 
     Raises:
         DataError: there is none.
     """
-    for folder in (path, path / "weights", path.parent if path.is_file() else path):
+    for folder in (path.parent if path.name == WEIGHTS else path, path / "weights"):
         if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
             return folder
     raise DataError(f"{path}: no model here; expected {WEIGHTS} and {CONFIG} in it or in its folder weights/")
@@ -105,13 +105,16 @@ def read_model(path: Path | str) -> Stored:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder}: cannot be read ({error}); copy or export it again") from error
-    if note.get("format") != FORMAT:
-        raise DataError(f"{folder / CONFIG}: format {note.get('format')!r}, this beitctl reads {FORMAT}")
-    known = {item.name for item in fields(ModelConfig)}
-    strange = sorted(set(note["model"]) - known)
-    if strange:
-        raise DataError(f"{folder / CONFIG}: unknown model settings {', '.join(strange)}; update beitctl")
-    return Stored(folder, ModelConfig(**note["model"]), tensors, note["task"], tuple(note["labels"]))
+    version = note.get("format") if isinstance(note, dict) else None
+    if version != FORMAT:
+        raise DataError(f"{folder / CONFIG}: format {version!r}, this beitctl reads {FORMAT}")
+    try:
+        strange = sorted(set(note["model"]) - {item.name for item in fields(ModelConfig)})
+        if strange:
+            raise DataError(f"{folder / CONFIG}: unknown model settings {', '.join(strange)}; update beitctl")
+        return Stored(folder, ModelConfig(**note["model"]), tensors, note["task"], tuple(note["labels"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / CONFIG}: damaged ({error}); copy or export it again") from error
 
 
 def fit(tensors: Mapping[str, Tensor], module: nn.Module, prefix: str, origin: Path) -> None:
@@ -149,7 +152,7 @@ class TaskModel(nn.Module):
         image_mask: Tensor | None = None,
         text_pad: Tensor | None = None,
     ) -> Any:
-        """The task's output for pictures (B, 3, H, W) and texts (B, S); arguments as of ``Multiway.forward``."""
+        """The task's output for pictures (B, 3, H, W) and texts (B, S); arguments of ``Multiway.forward``."""
         config, device = self.model.config, self.model.vision_embed.position.device
         if image is None or (self.task.layout == "dual" and text is None):
             wanted = "image and text" if self.task.layout == "dual" else "image"
@@ -157,7 +160,7 @@ class TaskModel(nn.Module):
         real = None if text is None else torch.ones_like(text, dtype=torch.bool)
         if text_pad is not None:
             real = ~text_pad
-        lengths = [] if real is None else real.sum(1).tolist()
+        lengths = [] if text is None else real_tokens(text, text_pad)
         dual = self.task.layout == "dual"
         plan = plan_of(
             config.patches + 1,
@@ -214,7 +217,7 @@ def load_tokenizer(path: str | Path) -> Any:
         if note.is_file():
             try:
                 kind = json.loads(note.read_text())["kind"]
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{note}: not the note of a tokenizer ({error})") from error
             return registry.get("beitctl.tokenizers", kind).load(folder)
     raise DataError(f"{path}: no tokenizer here; expected tokenizer.json in it or in its folder tokenizer/")

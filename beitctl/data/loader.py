@@ -1,7 +1,7 @@
 """Step number to batches: a pure function, so that resuming needs one integer.
 
-Which samples a step holds, their crops, masks and stochastic depth follow from (seed, objective, epoch, index).
-They depend neither on the number of ranks nor on workers or accumulation.
+Which samples a step holds, their crops, masks and stochastic depth follow from (seed, objective, epoch,
+index). They depend neither on the number of ranks nor on workers or accumulation.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,16 +136,22 @@ def _same(batches: list[Batch]) -> list[Batch]:
     return batches
 
 
-def prepared(stream: "Stream", seed: int, limit: int = 0) -> "Iterator[tuple[Example, Item]]":
-    """The examples of a stream once, in order, with fixed draws; those that cannot be read are left out."""
+def prepared(
+    stream: "Stream", seed: int, limit: int = 0, unusable: list[str] | None = None
+) -> "Iterator[tuple[Example, Item]]":
+    """The examples of a stream once, in order, with fixed draws; those that cannot be read are left out.
+
+    Why they are left out is appended to ``unusable``.
+    """
     count = len(stream.examples) if not limit else min(limit, len(stream.examples))
     for index in range(count):
         try:
             example = stream.examples[index]
             draw = order.generator(seed, stream.name, "fixed", index)
             yield example, stream.task.prepare(example, draw, stream.tools)
-        except DataError:
-            continue
+        except DataError as error:
+            if unusable is not None:
+                unusable.append(str(error))
 
 
 def batches(

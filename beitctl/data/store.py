@@ -59,6 +59,11 @@ class TokenStoreWriter:
         """Numbers of the shards that are there, whole, and of the same ``meta``."""
         return set(self._shards())
 
+    def skipped(self) -> list[str]:
+        """One line for each picture that could not be read, of all shards that are there."""
+        shards = self._shards()
+        return [line for number in sorted(shards) for line in shards[number]["skipped"]]
+
     def write_shard(
         self,
         number: int,

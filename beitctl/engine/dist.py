@@ -74,8 +74,9 @@ class Ranks:
         """All ranks on one axis."""
         return _mesh(self.device.type, self.world)
 
-    def stop(self) -> None:
-        """Leave the process group."""
+    @staticmethod
+    def stop() -> None:
+        """Leave the process group, if this process is in one."""
         if dist.is_initialized():
             dist.destroy_process_group()
         start.cache_clear()
@@ -107,7 +108,7 @@ def start() -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     rank, world = place["RANK"], place["WORLD_SIZE"]
     if world == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         return Ranks(0, 1, 0, device)
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve

@@ -15,9 +15,9 @@ ECHO_S = 1.0
 
 
 class Signals:
-    """Inside this context SIGTERM, SIGUSR1 and Ctrl-C are requests; a second SIGTERM or Ctrl-C leaves at once.
+    """Inside this context SIGTERM, SIGUSR1 and Ctrl-C are requests; a second one leaves at once.
 
-    SIGUSR1 never does: Slurm sends it as a warning, and SIGTERM when the time is up.
+    A second SIGUSR1 does not: Slurm sends it as a warning, and SIGTERM when the time is up.
     """
 
     def __init__(self, folder: Path | None = None) -> None:

@@ -89,17 +89,17 @@ class MultiwayLearner(nn.Module):
 
     def forward(self, batch: "Batch") -> Sums:
         """Sums of the losses of every term of every objective."""
-        rows = self.encode(batch)
+        rows, heads = self.encode(batch), dict(self.heads.items())
         sums: Sums = {}
         for objective in self.objectives:
-            found = objective.task.loss(rows, batch.groups[objective.name], self.heads)
+            found = objective.task.loss(rows, batch.groups[objective.name], heads)
             sums |= {objective.term(short): pair for short, pair in found.items()}
         return sums
 
     def outputs(self, batch: "Batch") -> dict[str, Any]:
         """What every task says of its part of a batch, by objective."""
-        rows = self.encode(batch)
-        return {o.name: o.task.output(rows, batch.groups[o.name], self.heads) for o in self.objectives}
+        rows, heads = self.encode(batch), dict(self.heads.items())
+        return {o.name: o.task.output(rows, batch.groups[o.name], heads) for o in self.objectives}
 
     def counts(self, batch: "Batch") -> dict[str, float]:
         """Predictions of every term in a batch."""

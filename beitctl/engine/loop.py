@@ -1,11 +1,11 @@
 """The one training loop: a generator, so that the stage owns the ``for``.
 
-Per step: load, add up counts over all ranks (stop requests ride along), forward and backward of every pass with
-losses divided by the global counts, clip, step, yield. Nothing in a step depends on the number of ranks.
+Per step: load, add up counts over all ranks (stop requests ride along), forward and backward of every pass
+with losses divided by the global counts, clip, step, yield. Nothing in a step depends on the number of ranks.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,7 +120,7 @@ class _Loop:
         )
         self.streak = torch.zeros((), device=session.ranks.device)
         self.bad: set[str] = set()
-        self.bad_everywhere = 0.0
+        """Unreadable examples that any rank has met."""
         self.clock = _Clock(config)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -151,11 +151,9 @@ class _Loop:
         for batch in micro:
             found = self.learner.counts(batch)
             counts = [total + found[term] for total, term in zip(counts, self.terms, strict=True)]
-        fresh = {id for batch in micro for id, _ in batch.problems} - self.bad
-        for id, text in (problem for batch in micro for problem in batch.problems):
-            if id in fresh:
-                self.session.warn(f"skipped {id}: {text}")
-        self.bad |= fresh
+        fresh = self.fresh(micro)
+        for id, text in fresh.items():
+            self.session.warn(f"skipped {id}: {text}")
         main = self.session.ranks.main
         wishes = {
             "stop": float(signals.requested == "stop" or (main and self.clock.over())),
@@ -167,12 +165,21 @@ class _Loop:
         summed = self.session.ranks.sum([*counts, *wishes.values()])
         return summed[: len(counts)], dict(zip(wishes, summed[len(counts) :], strict=True))
 
-    def check_data(self, fresh: float) -> None:
-        self.bad_everywhere += fresh
+    def fresh(self, micro: Sequence[Any]) -> dict[str, str]:
+        """Unreadable examples of this rank that are not known yet, and why."""
+        problems = (problem for batch in micro for problem in batch.problems)
+        return {id: text for id, text in problems if id not in self.bad}
+
+    def check_data(self, micro: Sequence[Any], fresh: float) -> None:
+        """Count each unreadable example once, whichever ranks met it; ``fresh``: new ones on all ranks."""
+        if not fresh:
+            return
+        for ids in self.session.ranks.gather_objects(sorted(self.fresh(micro))):
+            self.bad.update(ids)
         allowed = max(1.0, self.config.max_bad_share * self.session.examples)
-        if self.bad_everywhere > allowed:
+        if len(self.bad) > allowed:
             raise DataError(
-                f"{self.bad_everywhere:.0f} of {self.session.examples} examples cannot be used "
+                f"{len(self.bad)} of {self.session.examples} examples cannot be used "
                 f"(allowed: {allowed:.0f}, max_bad_share = {self.config.max_bad_share}): "
                 f"{', '.join(sorted(self.bad)[:20])}. Remove them, or raise max_bad_share"
             )
@@ -189,7 +196,7 @@ class _Loop:
                     for term, weight, count in zip(self.terms, self.weights, counts, strict=True)
                 ]
             ).sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             totals += torch.stack([torch.stack([x.detach().float() for x in sums[t]]) for t in self.terms])
         norm = optim.clip(self.learner, self.config.optim.clip_norm)
         broken = (~torch.isfinite(norm)).float()
@@ -208,7 +215,9 @@ class _Loop:
             )
 
 
-def train(learner: nn.Module, data: Any, config: TrainConfig, session: Session) -> Iterator[Step]:
+def train(
+    learner: nn.Module, data: Any, config: TrainConfig, session: Session
+) -> Generator[Step, None, None]:
     """Train until ``config.steps``, resuming from the newest checkpoint; yields after every step.
 
     ``data[step]`` gives the batches of this rank in one step. Close the generator when leaving it early.
@@ -236,7 +245,7 @@ def train(learner: nn.Module, data: Any, config: TrainConfig, session: Session) 
                 if index > last_save:
                     loop.save(index)
                 _leave(index, bool(wishes["interrupt"]))
-            loop.check_data(wishes["bad"])
+            loop.check_data(micro, wishes["bad"])
             lr = optim.lr_at(index, config.steps, config.optim)
             optim.set_lr(loop.optimizer, lr)
             learner.train()

@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups; learning rates are functions of the step, so there is no scheduler state."""
+"""AdamW with its parameter groups; learning rates are functions of the step, there is no scheduler state."""
 
 import math
 import re
@@ -14,7 +14,7 @@ UNDECAYED = ("cls_token", "vision_embed.position", "logit_scale")
 
 
 def lr_at(step: int, steps: int, optim: OptimConfig) -> float:
-    """Learning rate of step ``step``, counted from 0: linear warm-up from 0, then cosine (BEiT's schedule)."""
+    """Learning rate of a step, counted from 0: linear warm-up from 0, then cosine (BEiT's schedule)."""
     warm = optim.warmup_steps
     if step < warm:
         return optim.peak_lr * step / max(1, warm - 1)

@@ -1,8 +1,8 @@
 """Attention over the sequences of a packed batch.
 
 Backends read queries, keys and values in modality-major rows and return contexts in the same rows.
-``padded`` runs everywhere and is the reference: sequences are gathered into a grid (S, M) per kind, with a key
-mask.
+``padded`` runs everywhere and is the reference: sequences are gathered into a grid (S, M) per kind, with a
+key mask.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,8 @@ class Layout:
 class _Gather(torch.autograd.Function):
     """``x[index]`` whose backward is a gather too, because ``inverse`` undoes ``index``.
 
-    Slots of ``index`` that ``inverse`` never names (padding) must not reach the loss: their gradient is dropped.
+    Slots of ``index`` that ``inverse`` never names (padding) must not reach the loss: their gradient is
+    dropped.
     """
 
     @staticmethod
@@ -121,8 +122,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
 def _plain(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     """Softmax attention of (S, H, M, d/H) by two batched products.
 
-    On a CPU this is two to seven times faster in bf16, forward and backward, than PyTorch's fused kernel at the
-    lengths of this family, and as fast in fp32 (docs/decisions.md).
+    On a CPU this is two to seven times faster in bf16, forward and backward, than PyTorch's fused kernel at
+    the lengths of this family, and as fast in fp32 (docs/decisions.md).
     """
     sequences, heads, longest, size = q.shape
     q, k, v = (x.reshape(sequences * heads, longest, size) for x in (q * size**-0.5, k, v))

@@ -9,6 +9,7 @@ Letters: B batch, T rows, d width, f FFN width, P tokens of a picture, N patches
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +42,15 @@ class Attention(nn.Module):
         """(T, d) to queries, keys and values side by side, (T, 3d)."""
         x = self.norm(x)
         if self.key_bias:
-            return self.qkv(x)
+            qkv: Tensor = self.qkv(x)
+            return qkv
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         return F.linear(x, self.qkv.weight, bias)
 
     def merge(self, context: Tensor) -> Tensor:
         """(T, d) contexts of all heads to (T, d)."""
-        return self.out(self.inner_norm(context))
+        merged: Tensor = self.out(self.inner_norm(context))
+        return merged
 
 
 class FeedForward(nn.Module):
@@ -61,7 +64,8 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(config.ffn, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.inner_norm(F.gelu(self.fc1(self.norm(x)))))
+        out: Tensor = self.fc2(self.inner_norm(F.gelu(self.fc1(self.norm(x)))))
+        return out
 
 
 class Block(nn.Module):
@@ -79,12 +83,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """Map X [T, d] to X [T, d]; ``keep`` (2, S) scales the two branches of every sequence."""
         spans = attention_spans(layout, self.attention)
-        qkv = _cat([self.attention[name].project(x[a:b]) for name, a, b in spans])
+        qkv = _cat([self._attention(name).project(x[a:b]) for name, a, b in spans])
         context = attend(qkv, layout, self.heads)
-        out = _cat([self.attention[name].merge(context[a:b]) for name, a, b in spans])
+        out = _cat([self._attention(name).merge(context[a:b]) for name, a, b in spans])
         x = x + _scaled(out, keep, 0, layout)
         out = _cat([self.ffn[name](x[a:b]) for name, a, b in ffn_spans(layout, self.ffn)])
         return x + _scaled(out, keep, 1, layout)
+
+    def _attention(self, name: str) -> Attention:
+        return cast("Attention", self.attention[name])
 
 
 def attention_spans(layout: Layout, branches: nn.ModuleDict) -> list[Span]:
@@ -151,7 +158,8 @@ class TextEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """(rows,) ids and their positions to (rows, d)."""
-        return self.token(ids) + self.position(positions)
+        tokens: Tensor = self.token(ids) + self.position(positions)
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,7 @@ class Multiway(nn.Module):
 
     def embed(self, packed: Packed) -> Tensor:
         """Tokens of both modalities, X [T, d]."""
-        x = self.vision_embed(packed.pixels, packed.image_mask).flatten(0, 1)
+        x: Tensor = self.vision_embed(packed.pixels, packed.image_mask).flatten(0, 1)
         if self.text_embed is None:
             return x
         ids = packed.ids if packed.ids is not None else packed.layout.text_positions[:0]
@@ -221,7 +229,7 @@ class Multiway(nn.Module):
         if text is not None and self.text_embed is None:
             raise ValueError("this model has no language branch: its vocabulary is 0")
         token = self.config.patches + 1
-        lengths = [] if text is None else _lengths(text, text_pad)
+        lengths = [] if text is None else real_tokens(text, text_pad)
         images = 0 if image is None or text is not None else len(image)
         pairs, texts = (lengths, []) if image is not None else ([], lengths)
         device = self.vision_embed.position.device
@@ -246,7 +254,7 @@ class Multiway(nn.Module):
         return read if not len(image) else torch.cat([seen, read], dim=1)
 
 
-def _lengths(text: Tensor, text_pad: Tensor | None) -> list[int]:
+def real_tokens(text: Tensor, text_pad: Tensor | None) -> list[int]:
     """Real tokens of every text.
 
     Raises:

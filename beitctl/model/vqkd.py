@@ -5,6 +5,8 @@ exponential moving average of the vectors assigned to it; no gradient reaches it
 Letters: B pictures, N patches, K codes, D width of a code, F width of the teacher's features.
 """
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,9 +33,10 @@ class TaskLayer(nn.Sequential):
         super().__init__(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out))
 
     def forward(self, x: Tensor) -> Tensor:
-        first, _, last = self
-        x = torch.tanh(F.linear(x.float(), first.weight.float(), first.bias.float()))
-        return F.linear(x, last.weight.float(), last.bias.float())
+        first, last = cast("tuple[nn.Linear, nn.Linear]", (self[0], self[2]))
+        with torch.autocast(x.device.type, enabled=False):
+            x = torch.tanh(F.linear(x.float(), first.weight.float(), first.bias.float()))
+            return F.linear(x, last.weight.float(), last.bias.float())
 
 
 class Codebook(nn.Module):
@@ -43,24 +46,35 @@ class Codebook(nn.Module):
     usage: Tensor
     idle: Tensor
     ready: Tensor
+    steps: Tensor
 
-    def __init__(self, codes: int, width: int, decay: float, revive_after: int, seed: int) -> None:
+    def __init__(
+        self, codes: int, width: int, *, decay: float = 0.99, revive_after: int = 0,
+        start_after: int = 0, seed: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.codes, self.width, self.decay, self.revive_after = codes, width, decay, revive_after
-        self.seed = seed
+        self.start_after, self.seed = start_after, seed
         self.register_buffer("vectors", torch.empty(codes, width))
         self.register_buffer("usage", torch.empty(codes))
         self.register_buffer("idle", torch.empty(codes, dtype=torch.int64))
         self.register_buffer("ready", torch.empty((), dtype=torch.int64))
+        self.register_buffer("steps", torch.empty((), dtype=torch.int64))
 
     def reset_buffers(self) -> None:
-        """An empty codebook; the first training batch fills it."""
-        for buffer in (self.vectors, self.usage, self.idle, self.ready):
+        """An empty codebook; the first training batch that reaches it fills it."""
+        for buffer in (self.vectors, self.usage, self.idle, self.ready, self.steps):
             buffer.zero_()
 
     def assign(self, z: Tensor) -> Tensor:
-        """(n, D) unit vectors to the indices (n,) of their closest codes."""
-        return (z @ self.vectors.T).argmax(-1)
+        """(n, D) unit vectors to the indices (n,) of their closest codes; in fp32: codes can lie close."""
+        with torch.autocast(z.device.type, enabled=False):
+            return (z.float() @ self.vectors.T).argmax(-1)
+
+    def asleep(self) -> bool:
+        """Whether the encoder still trains without the codebook; counts the steps."""
+        self.steps += 1
+        return int(self.steps) <= self.start_after
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
@@ -123,6 +137,9 @@ def _gathered(z: Tensor) -> Tensor:
 class VQKDModel(nn.Module):
     """Encoder, codebook, decoder; the encoder's half is the tokenizer."""
 
+    feature_mean: Tensor
+    measured: Tensor
+
     def __init__(self, encoder: ModelConfig, decoder_layers: int, features: int, codebook: Codebook) -> None:
         super().__init__()
         decoder = decoder_config(encoder, decoder_layers, codebook.width)
@@ -131,6 +148,13 @@ class VQKDModel(nn.Module):
         self.codebook = codebook
         self.decoder = Multiway(decoder)
         self.to_feature = TaskLayer(decoder.width, features)
+        self.register_buffer("feature_mean", torch.empty(features))
+        self.register_buffer("measured", torch.empty((), dtype=torch.int64))
+
+    def reset_buffers(self) -> None:
+        """No mean is subtracted before one was measured."""
+        self.feature_mean.zero_()
+        self.measured.zero_()
 
     def vectors(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in -1..1 to unit vectors (B, N, D)."""
@@ -142,20 +166,40 @@ class VQKDModel(nn.Module):
         return self.codebook.assign(z.flatten(0, 1)).view(z.shape[:2])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W) in -1..1 to reconstructed features (B, N, F), squared commitment (B, N, D), codes (B, N)."""
+        """Features, commitment and codes of pictures (B, 3, H, W) in -1..1.
+
+        Returns:
+            Reconstructed features (B, N, F), squared commitment (B, N, D), codes (B, N).
+        """
         z = self.vectors(images)
         flat = z.detach().flatten(0, 1)
+        if self.training and self.codebook.asleep():
+            nothing = torch.zeros_like(z), torch.zeros(z.shape[:2], dtype=torch.int64, device=z.device)
+            return self._decoded(z), *nothing
         if self.training:
             self.codebook.start(flat)
         indices = self.codebook.assign(flat)
         quantised = self.codebook.vectors[indices].view_as(z)
         if self.training:
             self.codebook.follow(flat, indices)
-        straight = z + (quantised - z).detach()
-        grid = self.decoder.config.grid
-        maps = straight.transpose(1, 2).reshape(len(z), -1, grid, grid)
-        features = self.to_feature(encode_patches(self.decoder, maps))
+        features = self._decoded(z + (quantised - z).detach())
         return features, (quantised.detach() - z).square(), indices.view(z.shape[:2])
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        """(B, N, D) codes to features (B, N, F)."""
+        grid = self.decoder.config.grid
+        maps = z.transpose(1, 2).reshape(len(z), -1, grid, grid)
+        features: Tensor = self.to_feature(encode_patches(self.decoder, maps))
+        return features
+
+    @torch.no_grad()
+    def centred(self, features: Tensor) -> Tensor:
+        """Teacher features (B, N, F) minus their mean over the first training batch of all ranks."""
+        if self.training and not int(self.measured):
+            every = _gathered(features.flatten(0, 1))
+            self.feature_mean.copy_(every.mean(0))
+            self.measured.fill_(1)
+        return features - self.feature_mean
 
 
 def decoder_config(encoder: ModelConfig, layers: int, code_width: int) -> ModelConfig:
@@ -168,6 +212,6 @@ def decoder_config(encoder: ModelConfig, layers: int, code_width: int) -> ModelC
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of a usage histogram: the number of codes in even use that would be as varied."""
+    """Exp of the entropy of a usage histogram: the number of codes in even use that would be as varied."""
     share = counts.double() / counts.sum().clamp(min=1)
     return float(torch.special.entr(share).sum().exp())

@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from beitctl.config import ModelConfig
 from beitctl.model.attention import Layout
 from beitctl.model.init import initial
 from beitctl.model.multiway import Multiway, Packed
 from beitctl.model.plan import plan_of
-from torch.nn import functional as F
 
 TOLERANCE = 1e-12
 CASES = {

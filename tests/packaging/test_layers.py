@@ -48,6 +48,13 @@ def test_a_module_of_the_contract_imports_nothing_heavy(module):
     assert imported_by(f"import {module}") == []
 
 
+def test_help_imports_no_module_that_only_a_command_needs():
+    names = ("beitctl.doctor", "beitctl.pipeline", "beitctl.recipe", "beitctl.runs", "tomlkit")
+    code = "from beitctl import cli\ncli.execute(['--help'])"
+    found = run(f"import sys\n{code}\nprint('|', *[name for name in {names!r} if name in sys.modules])")
+    assert found.rpartition("|")[2].split() == []
+
+
 def test_help_answers_in_half_a_second():
     seconds = []
     for _ in range(5):

@@ -1,7 +1,7 @@
 """The decoupled form equals the official BEiT-3 (torchscale 4d1e0e8) on small random weights.
 
-Reference: inputs and outputs of the official code in shared/reference/beit3. Tolerance 2e-5 absolute in fp32: the
-sums run in another order.
+Reference: inputs and outputs of the official code in shared/reference/beit3. Tolerance 2e-5 absolute in fp32:
+the sums run in another order.
 """
 
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from beitctl.config import ModelConfig
 from beitctl.model.multiway import Multiway
 

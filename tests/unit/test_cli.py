@@ -92,80 +92,6 @@ def test_an_unknown_option_is_wrong_usage(capsys):
     assert (code, "--recpie" in err) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("fault", "code", "message"),
-    [
-        ("user", 2, "error: value: cannot be so, make it otherwise\n"),
-        ("bug", 1, "RuntimeError: unexpected (a fault of beitctl or of a plugin: run again with --debug)\n"),
-        ("full", 5, "error: /disk/x: No space left on device; free some space, then give the same command"),
-        ("read-only", 2, "error: /disk/x: Read-only file system; change its permissions, or choose another"),
-        ("stopped", 75, "\nstopped at step 3; the same command goes on\n"),
-        ("ctrl-c", 130, ""),
-        ("memory", 5, "error: out of memory: MemoryError; use a smaller train.micro_samples"),
-        ("diverged", 6, "error: the loss is nan\n"),
-    ],
-)
-def test_every_error_has_its_exit_code_and_a_line_on_stderr(capsys, fault, code, message):
-    Path("fault").write_text(fault)
-    found, out, err = beitctl(capsys, "make", "--recipe", "r.toml")
-    assert (found, out, message in err, "Traceback" in err) == (code, "", True, False), err
-
-
-def test_faults_of_the_tests_are_all_used():
-    assert len(FAULTS) == 8
-
-
-def test_out_of_memory_of_torch_is_known_by_name():
-    from beitctl import failures
-
-    gone = type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried 2 GiB\nmore")
-    assert failures.exit_code(gone) == 5
-    assert failures.message(gone).startswith("out of memory: CUDA out of memory. Tried 2 GiB; use a smaller")
-    assert failures.exit_code(RuntimeError("DefaultCPUAllocator: can't allocate memory")) == 5
-
-
-def test_an_interrupt_says_how_to_go_on():
-    from beitctl import failures
-
-    assert (
-        failures.message(KeyboardInterrupt())
-        == "interrupted; the same command goes on from the last checkpoint"
-    )
-
-
-def test_a_file_where_a_folder_must_be_is_named(capsys, monkeypatch):
-    Path("busy").touch()
-    monkeypatch.setenv("BEITCTL_RUNS", "busy")
-    code, _, err = beitctl(capsys, "make", "--recipe", "r.toml")
-    assert (code, err.startswith("error: busy/r/make.first"), "Not a directory" in err) == (2, True, True)
-
-
-def test_debug_shows_the_traceback(capsys):
-    Path("fault").write_text("user")
-    _, _, err = beitctl(capsys, "--debug", "make", "--recipe", "r.toml")
-    assert "Traceback" in err
-    assert err.endswith("error: value: cannot be so, make it otherwise\n")
-
-
-def test_other_ranks_sign_their_errors_and_are_silent_when_stopped(capsys, monkeypatch):
-    from beitctl import failures
-
-    monkeypatch.setenv("RANK", "3")
-    failures.show(FAULTS["stopped"])
-    failures.show(FAULTS["diverged"])
-    assert capsys.readouterr().err == "error (rank 3): the loss is nan\n"
-
-
-def test_all_problems_of_a_recipe_are_told_one_a_line(capsys):
-    Path("r.toml").write_text('[recipe]\nsummary = "x"\n[make]\nvalue = "one"\n[uze]\n')
-    code, _, err = beitctl(capsys, "run", "r.toml")
-    assert code == 2
-    assert [line.partition("  ")[0] for line in err.splitlines()] == [
-        "error: r.toml:4:1",
-        "error: r.toml:5:2",
-    ]
-
-
 def test_json_writes_records_only_and_ends_with_the_metrics(capsys):
     _, out, _ = beitctl(capsys, "make", "--recipe", "r.toml", "--only", "second", "--json")
     found = records(out)
@@ -206,6 +132,13 @@ def test_json_of_run_ends_with_the_summary(capsys):
     _, out, _ = beitctl(capsys, "run", "r.toml", "--json")
     last = records(out)[-1]
     assert (last["event"], last["summary"]) == ("summary", {"first": 1, "nested": {"twice": 4}})
+
+
+def test_json_of_run_has_an_end_event_of_every_table_that_was_done_before(capsys):
+    beitctl(capsys, "run", "r.toml")
+    _, out, _ = beitctl(capsys, "run", "r.toml", "--json")
+    found = [(record["event"], record.get("cached"), record.get("exit")) for record in records(out)]
+    assert found == [("end", True, 0)] * 3 + [("summary", None, None)]
 
 
 def test_json_of_run_ends_with_an_end_event_if_a_later_stage_cannot_start(capsys, monkeypatch):
@@ -329,9 +262,9 @@ def test_a_reader_that_goes_away_causes_no_traceback(tmp_path, command):
 
 def test_sigterm_before_training_ends_with_75():
     code = (
-        "import os, signal, sys; from beitctl import cli, catalog; "
+        "import os, signal, sys; from beitctl import cli, doctor; "
         "sys.argv = ['beitctl', 'doctor']; "
-        "catalog.doctor.examine = lambda: os.kill(os.getpid(), signal.SIGTERM); cli.main()"
+        "doctor.examine = lambda: os.kill(os.getpid(), signal.SIGTERM); cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (

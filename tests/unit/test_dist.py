@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+
 from beitctl.engine.dist import first_host, place_from
 from beitctl.engine.guard import Signals
 from beitctl.errors import SetupError
@@ -56,13 +57,17 @@ def test_the_first_signal_only_asks(number, asked):
         assert signals.requested == asked
 
 
+def signal_and_wait(number):
+    os.kill(os.getpid(), number)
+    time.sleep(1)
+
+
 def test_the_second_ctrl_c_leaves_at_once(monkeypatch):
     monkeypatch.setattr("beitctl.engine.guard.ECHO_S", 0.0)
     with Signals():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            signal_and_wait(signal.SIGINT)
 
 
 def test_the_second_sigterm_leaves_at_once(monkeypatch):
@@ -70,8 +75,7 @@ def test_the_second_sigterm_leaves_at_once(monkeypatch):
     with Signals():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(SystemExit) as left:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
+            signal_and_wait(signal.SIGTERM)
     assert left.value.code == 143
 
 

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from beitctl.api import Example, Item, Tools
 from beitctl.config import ModelConfig
 from beitctl.data.loader import Place, StepData, Stream, drawn, prepared
 from beitctl.errors import DataError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 MODEL = ModelConfig(
     layers=2, width=8, heads=2, ffn=8, image_px=8, patch_px=4, vocabulary=50, text_tokens=8, drop_path=0.2
@@ -126,7 +127,7 @@ def test_an_unreadable_example_is_replaced_and_named():
 
 def test_a_source_of_unreadable_examples_ends_the_job():
     stream = Stream("text", Words(), Numbers(4, bad=(0, 1, 2, 3)), 1, Tools(MODEL))
-    with pytest.raises(DataError, match="16 examples of 'text' in a row cannot be used: number . is broken"):
+    with pytest.raises(DataError, match=r"16 examples of 'text' in a row cannot be used: number . is broken"):
         drawn(stream, 0, 0)
 
 

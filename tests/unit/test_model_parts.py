@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from beitctl.config import ModelConfig
 from beitctl.model.init import initial
 from beitctl.model.multiway import Multiway
 from beitctl.model.plan import plan_of
 from beitctl.model.sizes import parameter_parts
-from hypothesis import given
-from hypothesis import strategies as st
 
 BASE = {"layers": 12, "width": 768, "heads": 12, "ffn": 3072, "vocabulary": 64010, "text_tokens": 1022}
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+
 from beitctl.config import ModelConfig, OptimConfig, TrainConfig
 from beitctl.engine import optim
 from beitctl.model.multiway import Multiway
-from torch import nn
 
 
 def test_schedule_is_beits():

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+
 from beitctl.api import Example, Job
 from beitctl.checkpoints.native import load_tokenizer
 from beitctl.errors import DataError, UserError
@@ -96,5 +97,5 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no tokenizer here; expected tokenizer.json"):
+    with pytest.raises(DataError, match=r"no tokenizer here; expected tokenizer\.json"):
         load_tokenizer(tmp_path)

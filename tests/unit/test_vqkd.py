@@ -4,14 +4,15 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from beitctl.config import ModelConfig
 from beitctl.model.init import initial
 from beitctl.model.vqkd import Codebook, VQKDModel, perplexity
-from torch.nn import functional as F
 
 
-def book(codes=4, width=2, decay=0.9, revive_after=0):
-    found = Codebook(codes, width, decay, revive_after, seed=0)
+def book(codes=4, width=2, decay=0.9, revive_after=0, start_after=0):
+    found = Codebook(codes, width, decay=decay, revive_after=revive_after, start_after=start_after)
     found.reset_buffers()
     return found
 
@@ -88,6 +89,7 @@ def model():
     with torch.no_grad():
         for name, parameter in found.named_parameters():
             parameter.copy_(initial(name, parameter.shape, config, 0))
+    found.reset_buffers()
     return found
 
 
@@ -111,3 +113,33 @@ def test_evaluation_leaves_the_codebook_alone(model):
     before = {k: v.clone() for k, v in model.codebook.state_dict().items()}
     model.eval()(torch.randn(2, 3, 16, 16))
     assert all(torch.equal(before[k], v) for k, v in model.codebook.state_dict().items())
+
+
+def test_the_codebook_sleeps_for_the_first_steps(model):
+    model.codebook.start_after = 2
+    model.train()
+    for _ in range(2):
+        _, commitment, _ = model(torch.randn(2, 3, 16, 16))
+        assert not commitment.any()
+    assert not int(model.codebook.ready)
+    _, commitment, _ = model(torch.randn(2, 3, 16, 16))
+    assert int(model.codebook.ready)
+    assert commitment.any()
+
+
+def test_features_lose_the_mean_of_the_first_batch(model):
+    first, later = torch.randn(2, 16, 5) + 3, torch.randn(2, 16, 5)
+    model.train()
+    assert model.centred(first).mean((0, 1)).abs().max() < 1e-6
+    assert torch.allclose(model.centred(later), later - first.mean((0, 1)))
+
+
+def test_autocast_changes_no_code(model):
+    images = torch.randn(2, 3, 16, 16)
+    model.train()(images)
+    z = model.eval().vectors(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(
+            model.codebook.assign(z.flatten(0, 1)), model.codebook.assign(z.flatten(0, 1).float())
+        )
+        assert model.to_code(torch.randn(2, 16)).dtype == torch.float32

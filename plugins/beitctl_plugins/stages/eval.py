@@ -5,15 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field, field_validator, model_validator
+
 from beitctl.api import Example, Job, Plugin, SourceField, Tools
 from beitctl.errors import CheckFailed, UserError
-from pydantic import Field, field_validator, model_validator
 
 if TYPE_CHECKING:
     import torch
+
     from beitctl.checkpoints.native import Stored
 
-REQUIREMENT = re.compile(r"^\s*([\w./@-]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*$")
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+REQUIREMENT = re.compile(rf"^\s*([\w./@-]+)\s*(>=|<=|>|<)\s*({NUMBER})\s*$")
 
 
 class Eval(Plugin):
@@ -31,8 +34,8 @@ class Eval(Plugin):
     neighbours: int = Field(default=5, ge=1)
     """``knn``: how many neighbours vote."""
     limit: int = Field(default=0, ge=0)
-    """Most examples that are measured; 0: all. Zero-shot retrieval scores every pair: limit² forward passes."""
-    require: list[str] = []
+    """Most examples that are measured; 0: all. Zero-shot retrieval scores every pair: limit² passes."""
+    require: list[str] = Field(default=[])
     """Conditions such as ``pretrained>=0.3``; a run that misses one ends with exit code 7."""
     seed: int = Field(default=0, ge=0)
     """Seed of the random weights that ``knn`` compares with."""
@@ -117,12 +120,12 @@ class Eval(Plugin):
 
     def _features(self, model: Any, source: Any, stored: "Stored") -> tuple["torch.Tensor", list[str]]:
         """Unit vectors (n, d) of the mean patch of every labelled picture, and the labels."""
+        import numpy as np
         import torch
+
         from beitctl.engine.learner import HALF, normalise
         from beitctl.errors import DataError
         from beitctl_plugins.tasks.preparing import view_of
-
-        import numpy as np
 
         tools, examples = self._tools(stored), source.open()
         rows, labels, found = [], [], []

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from beitctl.api import Job, Plugin
 from beitctl.errors import CheckFailed
-from pydantic import Field
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ class Export(Plugin):
     format: Literal["beitctl"] = "beitctl"
     """``beitctl``: model.safetensors and config.json, read by ``beitctl.load_model``."""
     tolerance: float = Field(default=1e-5, ge=0)
-    """Largest difference allowed between the outputs before and after; above it the run ends with exit code 7."""
+    """Largest difference allowed between the outputs before and after; above it the run exits with 7."""
 
     def plan(self) -> Mapping[str, Any]:
         """What is written."""

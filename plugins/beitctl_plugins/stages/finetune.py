@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from beitctl.api import Job, Plugin, SourceField, TaskField, Tools
+from pydantic import Field
+
+from beitctl.api import FinetuneTask, Job, Plugin, SourceField, TaskField, Tools
 from beitctl.config import TrainConfig
 from beitctl.errors import UserError
-from pydantic import Field
 
 if TYPE_CHECKING:
     from beitctl.checkpoints.native import Stored
@@ -31,7 +32,7 @@ class Finetune(Plugin):
     train: TrainConfig
     """The training loop."""
     from_scratch: bool = False
-    """Take only the shape of the model from ``init`` and begin with random weights: the control experiment."""
+    """Take only the model's shape from ``init`` and begin with random weights: the control experiment."""
     drop_path: float | None = Field(default=None, ge=0, lt=1)
     """Stochastic depth while fine-tuning; by default that of the pretrained model."""
     seeds: list[int] = Field(default=[0], min_length=1)
@@ -58,11 +59,7 @@ class Finetune(Plugin):
         from beitctl.checkpoints.native import read_model
         from beitctl.engine import dist
 
-        if not callable(getattr(self.task, "score", None)):
-            raise UserError(
-                f"{_kind(self.task)} is for pretraining: it has no score() to measure a fine-tuned model with; "
-                "use classification or retrieval"
-            )
+        self._measured()
         ranks = dist.start()
         stored = read_model(job.path(self.init))
         self._check_share(ranks)
@@ -73,14 +70,23 @@ class Finetune(Plugin):
         averaged = {key: sum(metrics[key] for metrics in found) / len(found) for key in found[0]}
         return averaged | {"seeds": {str(s): m for s, m in zip(self.seeds, found, strict=True)}}
 
+    def _measured(self) -> FinetuneTask:
+        """The task, which must be one that can measure a model."""
+        if not callable(getattr(self.task, "score", None)):
+            raise UserError(
+                f"{_kind(self.task)} is for pretraining: it has no score() to measure a fine-tuned model "
+                "with; use classification or retrieval"
+            )
+        return cast("FinetuneTask", self.task)
+
     def _check_share(self, ranks: "Ranks") -> None:
         """Contrastive losses compare all samples of a forward pass, on equal shares."""
         if self.task.layout != "dual":
             return
         if self.samples % ranks.world or self.train.micro_samples:
             raise UserError(
-                f"a contrastive task needs samples ({self.samples}) to be a multiple of the {ranks.world} ranks "
-                "and no accumulation (micro_samples = 0): it compares all samples of one pass"
+                f"a contrastive task needs samples ({self.samples}) to be a multiple of the {ranks.world} "
+                "ranks and no accumulation (micro_samples = 0): it compares all samples of one pass"
             )
 
     def _once(
@@ -111,7 +117,7 @@ class Finetune(Plugin):
             folder=folder, name="" if first else f"seed {seed} ",
         )  # fmt: skip
         if first:
-            table = {"kind": _kind(self.task), **self.task.model_dump(mode="json")}
+            table = {"kind": _kind(self.task), **self._measured().model_dump(mode="json")}
             shared.write_weights(
                 learner, job.folder / "weights", ranks, task=table, labels=labels, tokenizer=tokenizer
             )
@@ -123,13 +129,13 @@ class Finetune(Plugin):
         from beitctl.data.loader import Stream
         from beitctl_plugins.stages import shared
 
-        fixed = replace(tools, train=False)
-        stream = Stream("task", self.task, self.held_out.open(), 1, fixed)
+        task, fixed = self._measured(), replace(tools, train=False)
+        stream = Stream("task", task, self.held_out.open(), 1, fixed)
         examples, outputs = shared.outputs(learner, stream, ranks)
-        metrics: Mapping[str, float] = self.task.score(outputs, examples, fixed, self.source.open())
+        metrics = task.score(outputs, examples, fixed, self.source.open())
         job.log.evaluation("held out", self.train.steps, metrics)
         if first:
-            self.task.draw(outputs, examples, fixed, job.log)
+            task.draw(outputs, examples, fixed, job.log)
         return metrics
 
 

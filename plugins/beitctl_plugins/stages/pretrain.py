@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from beitctl.api import Job, Plugin, SourceField, TaskField, Tools
-from beitctl.config import ModelConfig, TrainConfig
 from pydantic import Field
 
+from beitctl.api import Job, Plugin, SourceField, TaskField, Tools
+from beitctl.config import ModelConfig, TrainConfig
+
 if TYPE_CHECKING:
-    import numpy as np
     from beitctl.data.loader import StepData, Stream
     from beitctl.engine.dist import Ranks
     from beitctl.engine.learner import MultiwayLearner
@@ -52,20 +52,21 @@ class Pretrain(Plugin):
     def plan(self) -> Mapping[str, Any]:
         """Parameters by part, the batch, and the data that the run reads."""
         import torch
+
         from beitctl.engine.learner import MultiwayLearner
         from beitctl.model.multiway import Multiway
         from beitctl.model.sizes import parameter_parts
 
-        tools = Tools(
-            self.model, _Planned(self.model.vocabulary), _PlannedTokens(self.expect_codes, self.model.grid)
-        )
+        text: Any = _Planned(self.model.vocabulary)
+        codes: Any = _PlannedTokens(self.expect_codes, self.model.grid)
+        tools = Tools(self.model, text, codes)
         with torch.device("meta"):
             learner = MultiwayLearner(
                 Multiway(self.model), self._objectives(), dict.fromkeys(self.objectives, tools)
             )
         steps = self.train.steps
         return {
-            "parameters": parameter_parts(learner.model, learner.heads),
+            "parameters": parameter_parts(learner.model, dict(learner.heads.items())),
             "batch": {name: table.samples for name, table in self.objectives.items()}
             | {"total": sum(table.samples for table in self.objectives.values())},
             "tokens per picture": self.model.patches + 1,
@@ -125,7 +126,7 @@ class Pretrain(Plugin):
     def _measure(
         self, learner: "MultiwayLearner", tools: Tools, data: "StepData", ranks: "Ranks", job: Job
     ) -> Mapping[str, Any]:
-        """Losses at the start and the end, accuracy on held-out examples, and that of the most frequent token."""
+        """Losses at both ends, accuracy on held-out examples, and that of the most frequent token."""
         from beitctl.data.loader import Place, batches, prepared
         from beitctl.engine.loop import evaluate
         from beitctl_plugins.stages import shared, showing
@@ -161,7 +162,7 @@ class Pretrain(Plugin):
 
 
 def _most_frequent(data: "StepData", learner: "MultiwayLearner") -> dict[str, int]:
-    """The most frequent target of every term in the first training steps; terms without targets are left out."""
+    """The most frequent target of every term in the first steps; terms without targets are left out."""
     import numpy as np
 
     targets: dict[str, list[np.ndarray[Any, Any]]] = {}

@@ -3,12 +3,14 @@
 Imported by stages inside ``run``, because it imports torch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from beitctl.api import Example, Job, Tools
 from beitctl.checkpoints.native import load_tokenizer, save_model
 from beitctl.config import ModelConfig, TrainConfig
@@ -17,12 +19,11 @@ from beitctl.data.loader import Place, StepData, Stream, batches, prepared
 from beitctl.data.store import TokenStore
 from beitctl.engine.dist import Ranks
 from beitctl.engine.learner import MultiwayLearner, Objective
-from beitctl.engine.loop import Session, Step, train
+from beitctl.engine.loop import Session, train
 from beitctl.engine.shard import Initial, full_weights, sharded
-from beitctl.errors import UserError
+from beitctl.errors import DataError, UserError
 from beitctl.model.multiway import Multiway
 from beitctl.report.events import read
-from torch import Tensor
 
 CACHE_MIB = 512
 """Memory for decoded pictures, per process."""
@@ -59,14 +60,15 @@ def build(
 
 def fit(
     learner: MultiwayLearner, streams: Sequence[Stream], config: TrainConfig, ranks: Ranks, job: Job,
-    *, folder: Path | None = None, each: Callable[[Step], None] = lambda step: None, name: str = "",
+    *, folder: Path | None = None, name: str = "",
 ) -> StepData:  # fmt: skip
     """Train to the end, logging as the settings say; ``name`` goes before the names of the metrics."""
     model = learner.model.config
     data = StepData(streams, model, config.seed, Place(ranks.rank, ranks.world, config.micro_samples))
     session = Session(
-        ranks, folder or job.folder, identity="/".join(learner.weights), resume=job.resume, layers=model.layers,
-        examples=sum(len(stream.examples) for stream in streams), saved=job.log.checkpoint,
+        ranks, folder or job.folder, identity="/".join(learner.weights), resume=job.resume,
+        layers=model.layers, examples=sum(len(stream.examples) for stream in streams),
+        saved=job.log.checkpoint,
         started=lambda step: job.log.note(f"resuming from step {step}") if step else None,
         warn=lambda text: job.log.warning("W301", text, "look at the file, or remove it"),
     )  # fmt: skip
@@ -75,7 +77,6 @@ def fit(
             if step.number == 1 or step.number % config.log_every_steps == 0 or step.number == config.steps:
                 metrics = step.metrics()
                 job.log.step(step.number, config.steps, {f"{name}{k}": v for k, v in metrics.items()})
-            each(step)
     return data
 
 
@@ -110,9 +111,18 @@ def first_and_last(job: Job, key: str) -> tuple[float, float]:
 def outputs(
     learner: MultiwayLearner, stream: Stream, ranks: Ranks, size: int = 64
 ) -> tuple[list[Example], list[Any]]:
-    """What the learner's first task says of every example of a stream, batch by batch; same on every rank."""
+    """What the learner's first task says of every example of a stream, batch by batch; same on every rank.
+
+    Raises:
+        DataError: not a single example can be used.
+    """
     learner.eval()
-    found = list(prepared(stream, 0))
+    unusable: list[str] = []
+    found = list(prepared(stream, 0, unusable=unusable))
+    if not found:
+        raise DataError(
+            f"none of the {len(unusable)} examples to measure on can be used: {'; '.join(unusable[:3])}"
+        )
     task = learner.objectives[0].task
     said = []
     items = {stream.name: (task, [item for _, item in found])}

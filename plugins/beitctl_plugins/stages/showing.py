@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from beitctl.api import Job
 from beitctl.data.batch import Portion, collate
 from beitctl.data.loader import Stream, prepared
@@ -20,7 +21,7 @@ SHOWN = 8
 def reconstructions(
     learner: MultiwayLearner, held: Mapping[str, Stream], job: Job, ranks: Ranks, tokens: Path | None
 ) -> None:
-    """Original, masked, and what the predicted codes stand for; captions with their hidden words filled in."""
+    """Original, masked, and what the predicted codes stand for; captions with hidden words filled in."""
     learner.eval()
     patches = _patches(tokens)
     config = learner.model.config
@@ -43,9 +44,9 @@ def _pictures(
         f"masked-{name}",
         figures.gallery(rows, ("original", "what the model sees", "what it predicts", "right codes")),
         f"Hidden patches, objective '{name}'",
-        "The model sees the second column and predicts a code for every hidden patch. The third column draws for "
-        "each predicted code the training patch that stands for it; the fourth does the same for the right codes, "
-        "and is the best that can be reached.",
+        "The model sees the second column and predicts a code for every hidden patch. The third column draws "
+        "for each predicted code the training patch that stands for it; the fourth does the same for the "
+        "right codes, and is the best that can be reached.",
     )
 
 

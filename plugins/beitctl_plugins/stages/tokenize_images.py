@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from beitctl.api import Job, Plugin, SourceField
 from pydantic import Field
+
+from beitctl.api import Job, Plugin, SourceField
 
 if TYPE_CHECKING:
     import numpy as np
+
     from beitctl.api import ImageTokenizer
     from beitctl.data.images import Crop, Pictures
     from beitctl.data.store import TokenStoreWriter
@@ -49,6 +51,7 @@ class TokenizeImages(Plugin):
     def run(self, job: Job) -> Mapping[str, Any]:
         """Encode all views shard by shard; each rank takes every n-th shard."""
         import torch
+
         from beitctl.checkpoints.native import load_tokenizer
         from beitctl.data.images import Pictures
         from beitctl.data.store import TokenStoreWriter
@@ -90,10 +93,11 @@ class TokenizeImages(Plugin):
         from beitctl.errors import DataError
 
         ranks.barrier()  # rank 0 finishes shards that other ranks wrote
-        skipped = [line for part in ranks.gather_objects(work.skipped) for line in part]
+        skipped = ranks.broadcast_object(writer.skipped() if ranks.main else None)  # also before a resume
         if len(skipped) > max(1, self.max_bad_share * pictures):
             raise DataError(
-                f"{len(skipped)} of {pictures} pictures cannot be read (max_bad_share = {self.max_bad_share}): "
+                f"{len(skipped)} of {pictures} pictures cannot be read "
+                f"(max_bad_share = {self.max_bad_share}; remove them, or raise it): "
                 + "; ".join(skipped[:20])
             )
         if ranks.main:
@@ -148,6 +152,7 @@ class _Work:
     ) -> "Iterator[tuple[str, list[Crop], np.ndarray[Any, Any]]]":
         """Id, crops and pixels (views, 3, px, px) of every picture that can be read."""
         import numpy as np
+
         from beitctl.data.images import random_crop
         from beitctl.data.order import generator
         from beitctl.errors import DataError
@@ -160,7 +165,7 @@ class _Work:
                 place = example.id
                 if example.image is None:
                     raise DataError(f"{place}: no picture")
-                picture = self.pictures.open(example.image, None)
+                picture = self.pictures.open(example.image, place)
             except DataError as error:
                 self.skipped.append(str(error))
                 self.job.log.warning("W301", f"skipped {place}: {error}", "look at the file, or remove it")
@@ -177,6 +182,7 @@ class _Work:
         """Usage of the codes over the whole store, and the patches that stand for each code."""
         import numpy as np
         import torch
+
         from beitctl.data.store import TokenStore
         from beitctl.model.vqkd import perplexity
         from beitctl.report import figures
@@ -198,8 +204,9 @@ class _Work:
             "codes",
             figures.gallery([figures.Row(tiles[i : i + 16]) for i in range(0, len(tiles), 16)], tile_px=56),
             "What the codes stand for",
-            "One training patch per code, with the code and how often it is used: three rows of the most used "
-            "codes, then the rarest. Codes that mean something look alike within a code and differ between codes.",
+            "One training patch per code, with the code and how often it is used: three rows of the most "
+            "used codes, then the rarest. Codes that mean something look alike within a code and differ "
+            "between codes.",
         )
         return {
             "pictures": len(store.ids),

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from beitctl.api import Job, Plugin, SourceField, TokenizerField
 from pydantic import Field
+
+from beitctl.api import Job, Plugin, SourceField, TokenizerField
 
 
 class TrainTokenizer(Plugin):

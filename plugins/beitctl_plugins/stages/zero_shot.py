@@ -1,14 +1,17 @@
 """Zero-shot retrieval with a model that was only pretrained; imported inside ``run``.
 
-Masked data modelling trains no similarity. What it does train is to predict hidden words of a caption from a
-picture, so a pair is scored by how much the picture helps: the mean log-likelihood of the caption's tokens given
-the picture, minus that given a picture whose patches are all hidden. Every token is hidden once, in two passes.
+Masked data modelling trains no similarity. What it does train is to predict hidden words of a caption from
+a picture, so a pair is scored by how much the picture helps: the mean log-likelihood of the caption's tokens
+given the picture, minus that given a picture whose patches are all hidden. Every token is hidden once, in two
+passes.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from beitctl.api import Example, Tools
 from beitctl.checkpoints.native import Stored, fit
 from beitctl.engine.learner import HALF, normalise
@@ -17,7 +20,6 @@ from beitctl.model.attention import Layout
 from beitctl.model.multiway import Multiway, Packed
 from beitctl.model.plan import plan_of
 from beitctl_plugins.tasks.preparing import framed, loaded, view_of
-from torch import Tensor, nn
 
 CHUNK = 64
 

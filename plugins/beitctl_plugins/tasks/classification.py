@@ -6,15 +6,15 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from beitctl.api import Example, Examples, Item, Log, Plugin, Term, Tools
 from beitctl.data.batch import Group
 from beitctl.data.images import centre_crop
 from beitctl.errors import DataError, UserError
 from beitctl.report import figures
-from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from beitctl_plugins.tasks.preparing import view_of
 
 HEAD = "classifier"
@@ -89,7 +89,7 @@ class Classification(Plugin):
         logits = torch.cat(list(outputs)).cpu()
         said, truth = logits.argmax(-1), [tools.labels.index(example.label or "") for example in examples]
         table = np.zeros((len(tools.labels), len(tools.labels)), np.int64)
-        np.add.at(table, (truth, said.numpy()), 1)
+        np.add.at(table, (np.array(truth, np.int64), said.numpy()), 1)
         log.figure(
             "confusion",
             figures.matrix(table, tools.labels, "True class (rows) and predicted class (columns)"),

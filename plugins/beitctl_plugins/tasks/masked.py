@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
+from torch import Tensor, nn
+
 from beitctl.api import Example, Item, Plugin, Term, Tools
 from beitctl.data.batch import Group
 from beitctl.data.masking import block_mask, text_mask
 from beitctl.engine.losses import masked_cross_entropy
 from beitctl.errors import DataError, UserError
-from pydantic import Field
-from torch import Tensor, nn
-
 from beitctl_plugins.tasks.preparing import caption_of, framed, loaded, window
 
 IMAGE_HEAD = "image_codes"
@@ -76,7 +76,7 @@ class MaskedText(Plugin):
 
 
 class MaskedPair(Plugin):
-    """Predict hidden tokens of a caption (50 %) and hidden patches of its picture (40 %) from both together."""
+    """Predict hidden tokens of a caption (50 %) and hidden patches of its picture (40 %) from both."""
 
     layout: ClassVar[Literal["pair"]] = "pair"
 

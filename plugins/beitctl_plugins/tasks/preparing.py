@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from beitctl.api import Example, TextTokenizer, Tools
 from beitctl.data.images import centre_crop, random_crop
 from beitctl.errors import DataError, UserError
-from numpy.typing import NDArray
 
 START, END = 0, 2
 """Ids of <s> and </s> in the XLM-R layout."""

@@ -5,16 +5,16 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from beitctl.api import Example, Examples, Item, Log, Plugin, Term, Tools
 from beitctl.data.batch import Group
 from beitctl.data.images import centre_crop
 from beitctl.engine.losses import gather_rows
 from beitctl.errors import DataError
 from beitctl.report import figures
-from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from beitctl_plugins.tasks.preparing import caption_of, framed, loaded, view_of
 
 HEAD = "contrastive"
@@ -30,7 +30,7 @@ class ContrastiveHead(nn.Module):
         self.logit_scale = nn.Parameter(torch.empty(1))  # 1-D: FSDP2 cannot shard a 0-D parameter
 
     def forward(self, pictures: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, d) class tokens of both branches to unit vectors (n, d) in fp32, and the scale of the logits."""
+        """(n, d) class tokens of both branches to unit vectors (n, d) in fp32, and the logits' scale."""
         return (
             F.normalize(self.vision(pictures).float(), dim=-1),
             F.normalize(self.language(texts).float(), dim=-1),
@@ -87,7 +87,7 @@ class Retrieval(Plugin):
         tools: Tools,
         train: Examples,
     ) -> dict[str, float]:
-        """Recall at 1, 5, 10 both ways. A picture with an equal caption is a hit, as the texts are the same."""
+        """Recall at 1, 5, 10 both ways. A picture with an equal caption is a hit: the texts are the same."""
         pictures, texts = (torch.cat([out[i] for out in outputs]).cpu() for i in (0, 1))
         return recalls(texts @ pictures.T, same_caption(examples))
 
@@ -152,8 +152,8 @@ def retrieval_gallery(
         "retrieval",
         figures.gallery(rows, ("1st", "2nd", "3rd", "4th", "5th"), tile_px=110),
         "Pictures found for captions",
-        "Each row is a held-out caption and the five held-out pictures that fit it best, with their own captions; "
-        "the right one has a green frame.",
+        "Each row is a held-out caption and the five held-out pictures that fit it best, with their own "
+        "captions; the right one has a green frame.",
     )
 
 

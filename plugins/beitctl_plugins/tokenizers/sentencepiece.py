@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import sentencepiece
+from pydantic import Field
+
 from beitctl.api import Job, Plugin, Source
 from beitctl.engine import dist
 from beitctl.errors import DataError, UserError
-from pydantic import Field
 
 MODEL_FILE = "tokenizer.spm"
 OFFSET = 1

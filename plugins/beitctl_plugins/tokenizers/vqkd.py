@@ -10,6 +10,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
 from beitctl.api import Example, Job, Plugin, Source, TeacherField, Tools
 from beitctl.config import ModelConfig, TrainConfig
 from beitctl.data.images import Pictures, centre_crop, random_crop
@@ -23,11 +29,6 @@ from beitctl.errors import DataError
 from beitctl.model.init import initial
 from beitctl.model.vqkd import Codebook, VQKDModel, perplexity
 from beitctl.report import figures
-from pydantic import Field
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 WEIGHTS = "tokenizer.safetensors"
 NOTE = "tokenizer.json"
@@ -61,8 +62,9 @@ class _TwoViews:
         if example.image is None:
             raise DataError(f"{example.id}: no picture")
         picture = tools.pictures.open(example.image, example.id)
+        width, height = picture.size
         crop = (
-            random_crop(*picture.size, draw, scale=self.scale) if tools.train else centre_crop(*picture.size)
+            random_crop(width, height, draw, scale=self.scale) if tools.train else centre_crop(width, height)
         )
         return tuple(tools.pictures.crop(picture, crop, px) for px in self.sizes)
 
@@ -90,9 +92,9 @@ class VQKDLearner(nn.Module):
 
     weights: Mapping[str, float]
 
-    def __init__(self, model: VQKDModel, commitment: float) -> None:
+    def __init__(self, model: VQKDModel, commitment: float, centre: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.centre = model, centre
         self.weights = {"similarity": 1.0, "commitment": commitment}
         self._teacher: list[nn.Module] = []  # a list hides it from FSDP and from the checkpoint
 
@@ -104,9 +106,10 @@ class VQKDLearner(nn.Module):
     def forward(self, batch: Views) -> Sums:
         """1 - cosine to the teacher's features, and the commitment to the codes; sums over patches."""
         with torch.no_grad():
-            target = self._teacher[0](batch.large.float() / 255)
+            target = self._teacher[0](batch.large.float() / 255).float()
+            target = self.model.centred(target) if self.centre else target
         features, commitment, _ = self.model(normalise(batch.small, HALF))
-        cosine = F.cosine_similarity(features, target.float(), dim=-1)
+        cosine = F.cosine_similarity(features, target, dim=-1)
         zero = torch.zeros((), device=cosine.device)
         return {
             "similarity": ((1 - cosine).sum(), cosine.detach().sum()),
@@ -137,7 +140,7 @@ class VQKDTokenizer:
     def similarity(self, images: Tensor, target: Tensor) -> Tensor:
         """Cosine (B, N) between reconstructed and true teacher features."""
         features, _, _ = self.model(normalise(images, HALF))
-        return F.cosine_similarity(features, target, dim=-1)
+        return F.cosine_similarity(features, target - self.model.feature_mean, dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +198,12 @@ class VQKD(Plugin):
     """Weight of the commitment loss."""
     revive_after: int = Field(default=100, ge=0)
     """Steps without use after which a code is put on a random vector; 0 never (the released code)."""
+    start_after: int = Field(default=0, ge=0)
+    """Steps of training without the codebook, so that its k-means start meets vectors that mean something
+    (the released code: 0). Short trainings need it: codes that start on untrained vectors drift together."""
+    centre: bool = False
+    """Subtract the mean feature of the first batch from the teacher's features (released code: no).
+    Convolutional teachers have a large common part that says nothing and is reconstructed without looking."""
     samples: int = Field(default=512, ge=1)
     """Pictures per step, over all ranks and sources."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -205,7 +214,8 @@ class VQKD(Plugin):
         with torch.device("meta"):
             model = self._model(1)
         return {
-            "tokenizer": f"VQ-KD, {self.codes} codes of width {self.code_width}, {encoder.grid} x {encoder.grid}",
+            "tokenizer": f"VQ-KD, {self.codes} codes of width {self.code_width}, "
+            f"{encoder.grid} x {encoder.grid}",
             "parameters (without the last layer)": sum(p.numel() for p in model.parameters()),
             "pictures seen": self.samples * self.train_config.steps,
         }
@@ -217,7 +227,7 @@ class VQKD(Plugin):
         seed = self.train_config.seed
         streams = self._streams(sources)
         learner: VQKDLearner = sharded(
-            lambda: VQKDLearner(self._model(teacher.width), self.commitment),
+            lambda: VQKDLearner(self._model(teacher.width), self.commitment, self.centre),
             ranks,
             self.train_config.precision,
             lambda name, shape: initial(name, shape, encoder, seed),
@@ -265,8 +275,9 @@ class VQKD(Plugin):
 
     def _model(self, features: int) -> VQKDModel:
         codebook = Codebook(
-            self.codes, self.code_width, self.decay, self.revive_after, self.train_config.seed
-        )
+            self.codes, self.code_width, decay=self.decay, revive_after=self.revive_after,
+            start_after=self.start_after, seed=self.train_config.seed,
+        )  # fmt: skip
         return VQKDModel(self.shape.encoder(), self.shape.decoder_layers, features, codebook)
 
     def _write(self, weights: Mapping[str, Tensor], features: int, folder: Path) -> None:
@@ -301,7 +312,7 @@ class VQKD(Plugin):
                 f"{folder / WEIGHTS} was changed after training: its hash is not the one in {NOTE}"
             )
         shape = Shape(**note["shape"])
-        codebook = Codebook(note["codes"], note["code_width"], 0.99, 0, 0)
+        codebook = Codebook(note["codes"], note["code_width"])
         model = VQKDModel(shape.encoder(), shape.decoder_layers, note["features"], codebook)
         model.load_state_dict(tensors)
         return VQKDTokenizer(model, digest)

@@ -1,0 +1,128 @@
+"""Items of several objectives in one packed batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from beitctl.api import Item
+from beitctl.data.batch import Portion, collate
+
+
+def image(value):
+    """A picture of one value, with one predicted patch whose code is the value."""
+    targets = np.array([-1, -1, value, -1])
+    return Item(image=np.full((3, 4, 4), value, np.uint8), image_mask=targets >= 0, patch_targets=targets)
+
+
+def text(*ids, label=-1):
+    ids = np.array(ids)
+    return Item(text=ids, text_targets=np.where(ids % 2, ids, -1), label=label)
+
+
+def both(value, *ids, label=-1):
+    picture, words = image(value), text(*ids)
+    return Item(
+        picture.image, words.text, picture.image_mask, picture.patch_targets, words.text_targets, label
+    )
+
+
+PORTIONS = [
+    Portion("words", "text", [text(10, 11), text(13)]),
+    Portion("pair", "pair", [both(3, 20, 21, 22), both(4, 23)]),
+    Portion("dual", "dual", [both(5, 30, label=7), both(6, 31, 32, label=8)]),
+    Portion("image", "image", [image(1), image(2)]),
+]
+
+
+@pytest.fixture
+def batch():
+    return collate(PORTIONS, 4, 2)
+
+
+def test_pictures_come_in_the_order_of_the_plan(batch):
+    assert batch.pixels[:, 0, 0, 0].tolist() == [1, 2, 5, 6, 3, 4]
+    assert batch.pixels.dtype == torch.uint8
+    assert batch.image_mask.sum(1).tolist() == [1] * 6
+
+
+def test_ids_come_in_the_order_of_the_plan(batch):
+    assert batch.ids.tolist() == [20, 21, 22, 23, 10, 11, 13, 30, 31, 32]
+
+
+def test_the_plan_knows_alone_and_joined_sequences(batch):
+    assert (batch.plan.images, batch.plan.pair_lengths, batch.plan.text_lengths) == (4, (3, 1), (2, 1, 1, 2))
+
+
+def rows_of(batch):
+    """What stands in each row of the packed buffer: a picture's value, or an id."""
+    pictures = batch.pixels[:, 0, 0, 0].long().repeat_interleave(5)
+    return torch.cat([pictures, batch.ids])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("image", [1, 2]), ("pair", [3, 4]), ("dual", [5, 6]), ("words", [])]
+)
+def test_picture_rows_of_a_group_are_those_of_its_pictures(batch, name, values):
+    found = rows_of(batch)[batch.groups[name].picture_rows]
+    assert found.tolist() == [[value] * 5 for value in values]
+
+
+@pytest.mark.parametrize(
+    ("name", "firsts"), [("image", []), ("pair", [20, 23]), ("dual", [30, 31]), ("words", [10, 13])]
+)
+def test_text_rows_of_a_group_begin_its_texts(batch, name, firsts):
+    assert rows_of(batch)[batch.groups[name].text_first].tolist() == firsts
+
+
+@pytest.mark.parametrize(
+    ("name", "patches", "ids"),
+    [
+        ("image", [1, 2], []),
+        ("pair", [3, 4], [21, 23]),
+        ("dual", [5, 6], [31]),
+        ("words", [], [11, 13]),
+    ],
+)
+def test_targets_of_a_group_stand_at_its_own_rows(batch, name, patches, ids):
+    group, rows = batch.groups[name], rows_of(batch)
+    assert group.patch_targets.tolist() == rows[group.patch_rows].tolist() == patches
+    assert (group.patch_rows % 5).tolist() == [3] * len(patches)  # the class token comes first
+    assert group.text_targets.tolist() == rows[group.text_rows].tolist() == ids
+
+
+def test_labels_and_counts_are_per_group(batch):
+    assert batch.groups["dual"].labels.tolist() == [7, 8]
+    assert batch.groups["dual"].counts == {"patch": 2, "text": 1, "sample": 2}
+
+
+def test_a_portion_without_items_has_an_empty_group():
+    batch = collate([PORTIONS[0], Portion("pair", "pair", [])], 4, 2)
+    assert batch.groups["pair"].counts == {"patch": 0, "text": 0, "sample": 0}
+    assert batch.pixels.shape == (0, 3, 4, 4)
+
+
+def test_without_any_items_the_batch_is_empty():
+    batch = collate([Portion("pair", "pair", [])], 4, 2)
+    assert batch.plan.tokens == 0
+    assert batch.keep is None
+
+
+def test_scales_of_stochastic_depth_follow_the_sequences_and_dual_halves_share_theirs():
+    def scaled(portion, first):
+        numbers = first + np.arange(len(portion.items), dtype=np.float32)
+        return Portion(
+            portion.name, portion.layout, portion.items, np.tile(numbers[:, None, None], (1, 3, 2))
+        )
+
+    words, pair, dual, pictures = (scaled(p, 10 * i) for i, p in enumerate(PORTIONS))
+    keep = collate([words, pair, dual, pictures], 4, 2).keep
+    assert keep.shape == (3, 2, 10)
+    assert keep[2, 1].tolist() == [30, 31, 20, 21, 10, 11, 0, 1, 20, 21]
+
+
+def test_a_batch_moves_with_all_its_groups(batch):
+    moved = batch.to(torch.device("meta"))
+    tensors = [moved.pixels, moved.ids, moved.image_mask]
+    tensors += [value for group in moved.groups.values() for value in vars(group).values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.plan is batch.plan

@@ -1,0 +1,216 @@
+"""The training loop on the smallest learner: what is averaged, what stops it, what it survives."""
+
+import time
+
+import pytest
+import torch
+from line import Line, Steps, run, saved
+from small import ALONE
+
+from beitctl.config import OptimConfig
+from beitctl.engine.loop import evaluate
+from beitctl.errors import DataError, DivergedError, Stopped, UserError
+
+BROKEN = ((float("inf"),),)
+
+
+def test_it_trains_and_yields_every_step(tmp_path):
+    found = run(tmp_path, steps=50, optim=OptimConfig(peak_lr=0.2))
+    assert [step.number for step, _ in found] == list(range(1, 51))
+    assert found[-1][1] == pytest.approx(2, abs=0.2)
+
+
+def test_the_learning_rate_is_that_of_the_schedule(tmp_path):
+    found = run(tmp_path, steps=4, optim=OptimConfig(peak_lr=0.2, warmup_steps=2))
+    assert [step.lr for step, _ in found] == pytest.approx([0, 0.2, 0.2, 0.1])
+
+
+def test_metrics_are_means_over_the_global_count(tmp_path):
+    ((step, _),) = run(tmp_path, Steps((1.0,), (0.25, 0.5, 3.0)), steps=1)
+    found = step.metrics()
+    assert found["fit/loss"] == pytest.approx(4 * (1 + 0.0625 + 0.25 + 9) / 4)
+    assert found["fit/accuracy"] == pytest.approx(1 / 4)
+
+
+def test_the_loss_is_the_weighted_sum_of_the_terms(tmp_path):
+    ((step, _),) = run(tmp_path, steps=1)
+    assert step.metrics()["loss"] == pytest.approx(0.5 * step.metrics()["fit/loss"])
+
+
+def test_a_term_without_predictions_is_left_out_of_the_metrics(tmp_path):
+    ((step, _),) = run(tmp_path, steps=1)
+    assert not [name for name in step.metrics() if name.startswith("never")]
+
+
+def test_speed_counts_samples_of_all_passes(tmp_path):
+    ((step, _),) = run(tmp_path, Steps((1.0,), (2.0, 3.0)), steps=1)
+    assert step.metrics()["samples_per_s"] == pytest.approx(3 / step.seconds)
+
+
+def test_several_passes_learn_what_one_does(tmp_path):
+    whole = run(tmp_path / "a", Steps((1.0, 2.0, 3.0, 4.0)))
+    parts = run(tmp_path / "b", Steps((1.0,), (2.0, 3.0, 4.0)))
+    assert [w for _, w in parts] == pytest.approx([w for _, w in whole], rel=1e-6)
+    assert [float(s.grad_norm) for s, _ in parts] == pytest.approx([float(s.grad_norm) for s, _ in whole])
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_leaves_the_weights_untouched(tmp_path, clip):
+    optim = OptimConfig(peak_lr=0.1, clip_norm=clip)
+    found = [w for _, w in run(tmp_path, Steps(special={1: BROKEN}), steps=3, optim=optim)]
+    assert found[0] == found[1]
+    assert found[2] != found[1]
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_moments_untouched(tmp_path):
+    optim = OptimConfig(peak_lr=0.1, min_lr=0.1)
+    good = run(tmp_path / "a", steps=2, optim=optim)
+    bad = run(tmp_path / "b", Steps(special={1: BROKEN}), steps=3, optim=optim)
+    assert bad[2][1] == good[1][1]
+
+
+def test_three_in_a_row_end_the_run_with_exit_code_6(tmp_path):
+    with pytest.raises(DivergedError) as caught:
+        run(tmp_path, Steps(special=dict.fromkeys((2, 3, 4, 5), BROKEN)), steps=9)
+    assert caught.value.exit_code == 6
+    assert str(caught.value).startswith(
+        "no finite gradient in the last 3 steps before step 5; the weights were left as they are. "
+        "Lower peak_lr, lengthen warmup_steps, or set clip_norm"
+    )
+
+
+def test_the_step_at_which_a_run_diverges_is_not_saved(tmp_path):
+    with pytest.raises(DivergedError):
+        run(tmp_path, Steps(BROKEN[0]), steps=3, save_every_steps=1, log_every_steps=3)
+    assert "step-00000003" not in saved(tmp_path)
+
+
+def test_two_in_a_row_are_survived(tmp_path):
+    assert len(run(tmp_path, Steps(special=dict.fromkeys((1, 2, 4, 5), BROKEN)), steps=7)) == 7
+
+
+def bad(*ids):
+    return Steps(problems={0: ids})
+
+
+def test_one_unreadable_example_is_always_allowed(tmp_path):
+    assert len(run(tmp_path, bad("a"), max_bad_share=0.0)) == 3
+
+
+def test_too_many_unreadable_examples_are_named_with_the_setting(tmp_path):
+    with pytest.raises(DataError) as caught:
+        run(tmp_path, bad("b", "a"), max_bad_share=0.001)
+    assert str(caught.value) == (
+        "2 of 10 examples cannot be used (allowed: 1, max_bad_share = 0.001): a, b. "
+        "Remove them, or raise max_bad_share"
+    )
+
+
+def test_the_share_that_is_allowed_is_that_of_all_examples(tmp_path):
+    assert len(run(tmp_path, bad("a", "b", "c"), max_bad_share=0.3)) == 3
+
+
+def test_unreadable_examples_add_up_over_steps(tmp_path):
+    with pytest.raises(DataError, match=r"2 of 10 examples cannot be used .*: a, b\."):
+        run(tmp_path, Steps(problems={0: ("a",), 2: ("b",)}))
+
+
+def test_an_unreadable_example_counts_once_however_often_it_comes(tmp_path):
+    assert len(run(tmp_path, Steps(problems=dict.fromkeys(range(3), ("a",))))) == 3
+
+
+def test_an_unreadable_example_is_told_once_with_the_reason(tmp_path):
+    heard = []
+    run(tmp_path, Steps(problems=dict.fromkeys(range(3), ("a",))), session={"warn": heard.append})
+    assert heard == ["skipped a: a is broken"]
+
+
+class Slow(Steps):
+    def __getitem__(self, step):
+        time.sleep(0.02)
+        return super().__getitem__(step)
+
+
+def test_the_time_limit_stops_the_run_with_a_checkpoint(tmp_path):
+    with pytest.raises(Stopped) as caught:
+        run(tmp_path, Slow(), steps=1000, max_minutes=0.1 / 60)
+    (name,) = saved(tmp_path)
+    assert caught.value.exit_code == 75
+    step = int(name.removeprefix("step-"))
+    assert 1 <= step < 20
+    assert str(caught.value) == f"stopped at step {step}, saved; run the same command again to continue"
+
+
+def test_a_stop_file_stops_the_run_and_is_removed(tmp_path):
+    (tmp_path / "stop").touch()
+    with pytest.raises(Stopped, match="stopped at step 0"):
+        run(tmp_path)
+    assert not (tmp_path / "stop").exists()
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_as_if_never_stopped(tmp_path):
+    whole = run(tmp_path / "a", steps=6)
+    begun = []
+    with pytest.raises(DataError):
+        run(tmp_path / "b", Steps(problems={4: "xy"}), steps=6, save_every_steps=2)
+    rest = run(tmp_path / "b", steps=6, session={"started": begun.append})
+    assert begun == [4]
+    assert [(s.number, w) for s, w in rest] == [(s.number, w) for s, w in whole[4:]]
+
+
+def test_a_finished_run_has_no_steps_left(tmp_path):
+    run(tmp_path)
+    assert run(tmp_path) == []
+
+
+def test_without_resume_it_begins_anew_and_overwrites_nothing(tmp_path):
+    run(tmp_path)
+    begun = []
+    with pytest.raises(UserError, match="already holds step-00000003"):
+        run(tmp_path, session={"resume": False, "started": begun.append})
+    assert begun == [0]
+
+
+def test_a_checkpoint_of_another_identity_is_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, session={"identity": "curve"})
+    assert str(caught.value).endswith(
+        "step-00000003 is a checkpoint from another recipe (identity 'line', this run is 'curve'); "
+        "use another --out, or the recipe it came from"
+    )
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(tmp_path):
+    heard = []
+    run(tmp_path, steps=5, save_every_steps=2, session={"saved": lambda step, path, s: heard.append(step)})
+    assert heard == [2, 4, 5]
+
+
+def test_checkpoints_also_come_by_time(tmp_path):
+    heard = []
+    session = {"saved": lambda step, path, seconds: heard.append(step)}
+    run(tmp_path, Slow(), steps=3, save_every_minutes=0.001 / 60, session=session)
+    assert heard == [1, 2, 3]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    run(tmp_path, steps=5, save_every_steps=1, keep_checkpoints=2)
+    assert saved(tmp_path) == ["step-00000004", "step-00000005"]
+
+
+def test_evaluation_gives_means_and_leaves_the_weights_alone():
+    learner = Line()
+    batches = [Steps((1.0, 0.25))[0][0], Steps((3.0,))[0][0]]
+    assert evaluate(learner, iter(batches), ALONE) == {
+        "fit/loss": pytest.approx(4 * (1 + 0.0625 + 9) / 3),
+        "fit/accuracy": pytest.approx(1 / 3),
+    }
+    assert torch.equal(learner.w, torch.zeros(1))
+    assert learner.w.grad is None
+
+
+def test_evaluation_is_done_in_eval_mode():
+    learner = Line().train()
+    evaluate(learner, iter([]), ALONE)
+    assert not learner.training

@@ -1,0 +1,174 @@
+"""The stage eval: protocols, and requirements that scripts rely on."""
+
+import pytest
+from pydantic import ValidationError
+from small import Given, Record, coloured, pieces, png, stored
+
+from beitctl.api import Example, Job
+from beitctl.errors import CheckFailed, DataError, UserError
+from beitctl_plugins.stages.eval import Eval
+
+
+def run(folder, model, protocol, source, **settings):
+    log = Record()
+    found = Eval(model=str(model), protocol=protocol, source=source, **settings).run(Job(folder, log))
+    return found, log
+
+
+def knn(tmp_path, source=None, reference=None, **settings):
+    known = reference or coloured("blue", "red", "green")
+    return run(
+        tmp_path,
+        stored(tmp_path),
+        "knn",
+        source or coloured("red", "blue"),
+        reference=known,
+        neighbours=1,
+        **settings,
+    )[0]
+
+
+def test_the_nearest_neighbour_of_a_colour_is_that_colour(tmp_path):
+    assert knn(tmp_path) == {"pretrained": 1.0, "random_init": 1.0, "examples": 2.0, "reference": 3.0}
+
+
+def test_a_colour_that_has_another_name_is_not_found(tmp_path):
+    blue = coloured("blue").examples[0]
+    other = Given(examples=(Example("x", blue.image, label="sky"), *coloured("red").examples))
+    assert knn(tmp_path, source=other)["pretrained"] == 0.5
+
+
+def test_knn_compares_with_the_seeds_random_weights(tmp_path):
+    assert knn(tmp_path, seed=3)["random_init"] == 1.0
+
+
+def test_pictures_without_a_label_do_not_count(tmp_path):
+    source = Given(examples=(*coloured("red").examples, Example("x", png())))
+    assert knn(tmp_path, source=source)["examples"] == 1
+
+
+def test_a_corrupt_picture_does_not_count(tmp_path):
+    source = Given(examples=(*coloured("red").examples, Example("x", b"torn", label="red")))
+    assert knn(tmp_path, source=source)["examples"] == 1
+
+
+def test_knn_without_any_label_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no labelled picture to measure k-NN with"):
+        knn(tmp_path, source=Given(examples=(Example("x", png()),)))
+
+
+def test_knn_without_a_reference_is_refused():
+    with pytest.raises(ValidationError, match="protocol 'knn' needs reference: labelled training pictures"):
+        Eval(model="m", protocol="knn", source=coloured("red"))
+
+
+def test_results_are_logged_as_an_evaluation(tmp_path):
+    model, known = stored(tmp_path), coloured("blue", "red")
+    found, log = run(tmp_path, model, "knn", coloured("red"), reference=known, neighbours=1)
+    assert log.said["evaluation"] == [("knn", 0, found)]
+
+
+@pytest.mark.parametrize(
+    "condition", ["pretrained>=1", " pretrained >= 0.9 ", "examples<3", "examples<=2", "pretrained>9e-1"]
+)
+def test_a_requirement_that_holds_is_fine(tmp_path, condition):
+    assert knn(tmp_path, require=[condition])
+
+
+@pytest.mark.parametrize(
+    "condition", ["pretrained>1", "pretrained>=1.5", "examples<2", "examples<=1", "pretrained < -1"]
+)
+def test_a_missed_requirement_ends_with_exit_code_7_and_what_was_found(tmp_path, condition):
+    with pytest.raises(CheckFailed) as caught:
+        knn(tmp_path, require=[condition])
+    value = 1 if "pretrained" in condition else 2
+    assert caught.value.exit_code == 7
+    assert str(caught.value) == f"required but not so: {condition} (found {value})"
+
+
+def test_all_missed_requirements_are_told(tmp_path):
+    with pytest.raises(CheckFailed, match=r"pretrained>1 \(found 1\); examples>5 \(found 2\)"):
+        knn(tmp_path, require=["pretrained>1", "reference>2", "examples>5"])
+
+
+def test_a_requirement_on_an_unknown_metric_names_those_there_are(tmp_path):
+    with pytest.raises(
+        UserError,
+        match="require: no metric 'acuracy'; there are pretrained, random_init, examples, reference",
+    ):
+        knn(tmp_path, require=["acuracy>0"])
+
+
+@pytest.mark.parametrize(
+    "condition", ["accuracy", "accuracy=0.5", ">=0.5", "accuracy>=", "accuracy >= high", "a>=1.2.3", "a>=e"]
+)
+def test_a_requirement_that_cannot_be_read_is_refused(condition):
+    with pytest.raises(ValidationError, match=r"is no condition; write METRIC>=NUMBER, or with > < <="):
+        Eval(model="m", protocol="task", source=coloured("red"), require=[condition])
+
+
+def test_a_fine_tuned_classifier_is_scored_by_its_task(tmp_path):
+    model = stored(tmp_path, "classification", ("blue", "red"))
+    found, log = run(tmp_path, model, "task", coloured("red", "blue", "red"))
+    assert sorted(found) == ["accuracy", "examples", "majority"]
+    assert found["majority"] == pytest.approx(2 / 3)
+    assert [figure[0] for figure in log.said["figure"]] == ["confusion", "answers"]
+
+
+def test_a_fine_tuned_retriever_is_scored_with_the_tokenizer_beside_it(tmp_path):
+    model = stored(tmp_path, "retrieval", tokenizer=pieces())
+    found, _ = run(tmp_path, model, "task", coloured("red", "blue", "green"))
+    assert found["examples"] == 3
+    assert found["t2i_r5"] == 1
+
+
+def test_a_model_without_a_task_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no task head in it; fine-tune first, or use protocol 'knn'"):
+        run(tmp_path, stored(tmp_path), "task", coloured("red"))
+
+
+def test_examples_of_other_classes_only_are_refused(tmp_path):
+    model = stored(tmp_path, "classification", ("blue", "red"))
+    with pytest.raises(
+        DataError, match="none of the 1 examples to measure on can be used: 0-green: label 'green' is none of"
+    ):
+        run(tmp_path, model, "task", coloured("green"))
+
+
+def test_zero_shot_retrieval_needs_a_head_for_text(tmp_path):
+    with pytest.raises(
+        UserError, match="no head for text tokens; zero-shot retrieval needs a pretrained model"
+    ):
+        run(tmp_path, stored(tmp_path), "zero-shot-retrieval", coloured("red", "blue"))
+
+
+def test_zero_shot_retrieval_needs_two_captioned_pictures(tmp_path):
+    source = Given(examples=(*coloured("red").examples, Example("x", png())))
+    with pytest.raises(
+        UserError, match="retrieval needs at least two pictures with captions, the source has 1"
+    ):
+        run(tmp_path, stored(tmp_path), "zero-shot-retrieval", source)
+
+
+def test_zero_shot_retrieval_needs_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="this task reads text: set text_tokenizer"):
+        run(tmp_path, stored(tmp_path, "masked-text"), "zero-shot-retrieval", coloured("red", "blue"))
+
+
+def test_zero_shot_retrieval_measures_recalls_within_the_limit(tmp_path):
+    model = stored(tmp_path, "masked-text", tokenizer=pieces())
+    source = coloured("red", "blue", "green", "grey")
+    found, log = run(tmp_path, model, "zero-shot-retrieval", source, limit=3)
+    assert found["examples"] == 3
+    assert found["chance_r5"] == 1
+    assert [figure[0] for figure in log.said["figure"]] == ["retrieval"]
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(UserError, match="none: no such file or folder"):
+        run(tmp_path, tmp_path / "none", "task", coloured("red"))
+
+
+def test_the_plan_counts_examples():
+    made = Eval(model="@pretrain", protocol="task", source=coloured("red", "blue"))
+    assert made.plan() == {"protocol": "task", "model": "@pretrain", "examples": 2}
