@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from beitctl import failures, runs
 from beitctl.api import Job
-from beitctl.errors import RecipeError, UserError
+from beitctl.errors import DataError, RecipeError, UserError
 from beitctl.recipe import Recipe, StageTable
 from beitctl.report.events import EventLog, plain
 from beitctl.runs import Identity, Run, Workplace
@@ -94,6 +94,7 @@ class Pipeline:
 
     def stage(self, keys: Sequence[str]) -> None:
         """Run tables, and before each what it refers to and is not there yet."""
+        self._check_data(keys)
         for key in keys:
             self._parents(key)
             ticket = self._obtain(key, wanted=True)
@@ -106,7 +107,9 @@ class Pipeline:
         keys = list(self.recipe.tables)
         if until is not None and until not in keys:
             raise UserError(f"--until {until}: {self.recipe.name} has the tables {', '.join(keys)}")
-        for key in keys[: keys.index(until) + 1] if until else keys:
+        keys = keys[: keys.index(until) + 1] if until else keys
+        self._check_data(keys)
+        for key in keys:
             ticket = self._obtain(key, wanted=True)
             if not ticket.run:
                 self._say(f"{key}: cached, {ticket.folder}")
@@ -117,6 +120,35 @@ class Pipeline:
         metrics = {key: run.metrics for key, folder in self.folders.items() if (run := runs.read(folder))}
         found = _picked(self.recipe.summary, metrics, "summary") if self.recipe.summary else metrics
         return found or {}
+
+    def _check_data(self, keys: Sequence[str]) -> None:
+        """Open the sources of all tables before the first one runs: a wrong path must not show after hours.
+
+        Raises:
+            DataError: data of one or more tables are missing or unusable; names them all.
+        """
+
+        def look() -> dict[str, Any]:
+            problems = []
+            for key in self._with_parents(keys):
+                fingerprint = getattr(self.recipe.tables[key].plugin, "inputs_fingerprint", None)
+                try:
+                    if callable(fingerprint):
+                        fingerprint()
+                except DataError as error:
+                    problems.append(f"[{key}] {error}")
+            if problems:
+                raise DataError("\n".join(problems))
+            return {}
+
+        self._share(look)
+
+    def _with_parents(self, keys: Sequence[str]) -> list[str]:
+        found: list[str] = []
+        for key in keys:
+            found += [k for k in self._with_parents(self.recipe.tables[key].references) if k not in found]
+            found += [key] if key not in found else []
+        return found
 
     def _parents(self, key: str) -> None:
         for parent in self.recipe.tables[key].references:

@@ -197,13 +197,24 @@ class Multiway(nn.Module):
         ids = packed.ids if packed.ids is not None else packed.layout.text_positions[:0]
         return torch.cat([x, self.text_embed(ids, packed.layout.text_positions)])
 
-    def encode(self, packed: Packed) -> Tensor:
-        """Encode a packed batch: X [T, d] after the final norm, in the rows of its plan."""
+    def encode(self, packed: Packed, depth: int | None = None) -> Tensor:
+        """Encode a packed batch: X [T, d] after the final norm, in the rows of its plan.
+
+        With ``depth``, the output of that many blocks instead, without the final norm.
+        """
         x = self.embed(packed)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.blocks[:depth]):
             x = block(x, packed.layout, None if packed.keep is None else packed.keep[index])
+        if depth is not None:
+            return x
         spans = attention_spans(packed.layout, self.norm)
         return _cat([self.norm[name](x[a:b]) for name, a, b in spans])
+
+    def patches(self, images: Tensor, depth: int | None = None) -> Tensor:
+        """Patch tokens of (B, C, H, W), the class token dropped: (B, N, d); ``depth`` as of ``encode``."""
+        tokens = self.config.patches + 1
+        layout = Layout.of(plan_of(tokens, len(images), [], []), images.device)
+        return self.encode(Packed(layout, images), depth).view(len(images), tokens, -1)[:, 1:]
 
     def forward(
         self,

@@ -13,17 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitctl.config import ModelConfig
-from beitctl.model.attention import Layout
-from beitctl.model.multiway import Multiway, Packed
-from beitctl.model.plan import plan_of
-
-
-def encode_patches(model: Multiway, images: Tensor) -> Tensor:
-    """Normed patch tokens of (B, C, H, W), the class token dropped: (B, N, d)."""
-    tokens = model.config.patches + 1
-    layout = Layout.of(plan_of(tokens, len(images), [], []), images.device)
-    rows = model.encode(Packed(layout, images))
-    return rows.view(len(images), tokens, -1)[:, 1:]
+from beitctl.model.multiway import Multiway
 
 
 class TaskLayer(nn.Sequential):
@@ -158,7 +148,7 @@ class VQKDModel(nn.Module):
 
     def vectors(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in -1..1 to unit vectors (B, N, D)."""
-        return F.normalize(self.to_code(encode_patches(self.encoder, images)), dim=-1)
+        return F.normalize(self.to_code(self.encoder.patches(images)), dim=-1)
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in -1..1 to codes (B, N)."""
@@ -189,7 +179,7 @@ class VQKDModel(nn.Module):
         """(B, N, D) codes to features (B, N, F)."""
         grid = self.decoder.config.grid
         maps = z.transpose(1, 2).reshape(len(z), -1, grid, grid)
-        features: Tensor = self.to_feature(encode_patches(self.decoder, maps))
+        features: Tensor = self.to_feature(self.decoder.patches(maps))
         return features
 
     @torch.no_grad()

@@ -229,3 +229,11 @@ def test_text_for_a_model_without_language_is_refused():
 def test_nothing_is_refused():
     with pytest.raises(ValueError, match="give image, text or both"):
         model_of(MODELS["shared"])()
+
+
+def test_the_output_of_all_blocks_is_what_the_final_norm_reads():
+    model = model_of(MODELS["shared"])
+    image = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    last = model.patches(image, depth=3)
+    assert (norm(model.norm["shared"], last) - model.patches(image)).abs().max() < TOLERANCE
+    assert (last - model.patches(image, depth=2)).abs().max() > 1e-3

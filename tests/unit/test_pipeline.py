@@ -7,7 +7,7 @@ import pytest
 from run_stubs import Make, beitctl, calls, folders, place  # noqa: F401 - the fixture works by being here
 
 from beitctl import pipeline, recipe, runs
-from beitctl.errors import UserError
+from beitctl.errors import DataError, UserError
 
 
 def run(capsys, *arguments):
@@ -347,3 +347,16 @@ def test_an_input_whose_manifest_is_gone_is_named():
     work.folders["make.first"] = Path("gone")
     with pytest.raises(UserError, match=r"gone: the manifest of the run of \[make.first\] is gone"):
         work.stage(["use"])
+
+
+@pytest.mark.parametrize("arguments", [("run", "r.toml"), ("use", "--recipe", "r.toml")])
+def test_missing_data_show_before_anything_runs(capsys, monkeypatch, arguments):
+    def missing(self):
+        raise DataError(f"data/{self.value}: no such folder")
+
+    monkeypatch.setattr(Make, "inputs_fingerprint", missing)
+    code, _, err = beitctl(capsys, *arguments)
+    assert code == 3
+    assert "[make.first] data/1: no such folder" in err
+    assert ("[make.second] data/2: no such folder" in err) == (arguments[0] == "run")
+    assert not Path("runs/r/make.first").exists()

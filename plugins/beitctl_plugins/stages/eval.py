@@ -33,6 +33,9 @@ class Eval(Plugin):
     """``knn``: the labelled pictures that neighbours are looked up in."""
     neighbours: int = Field(default=5, ge=1)
     """``knn``: how many neighbours vote."""
+    depth: int = Field(default=0, ge=0)
+    """``knn``: the block whose output is the feature; 0 is two thirds up, where BEiT's features are best (the
+    linear probes of arXiv:2106.08254 peak at block 9 of 12 and 14 of 24): the last ones serve prediction."""
     limit: int = Field(default=0, ge=0)
     """Most examples that are measured; 0: all. Zero-shot retrieval scores every pair: limit² passes."""
     require: list[str] = Field(default=[])
@@ -104,6 +107,8 @@ class Eval(Plugin):
         from beitctl.model.init import initial
         from beitctl.model.multiway import Multiway
 
+        if self.depth > stored.model.layers:
+            raise UserError(f"depth ({self.depth}) must not exceed the model's {stored.model.layers} blocks")
         model = Multiway(stored.model).to(device).eval()
         random = {
             f"model.{name}": initial(f"model.{name}", value.shape, stored.model, self.seed)
@@ -145,9 +150,8 @@ class Eval(Plugin):
                 model.vision_embed.position.device
             )
             with torch.no_grad():
-                found.append(model(normalise(pixels, HALF))[:, 1:].mean(1))
-        features = torch.cat(found)
-        return torch.nn.functional.normalize(features - features.mean(0), dim=-1), labels
+                found.append(model.patches(normalise(pixels, HALF), self.depth or _middle(model)).mean(1))
+        return torch.nn.functional.normalize(torch.cat(found), dim=-1), labels
 
     def _zero_shot(self, stored: "Stored", job: Job, device: "torch.device") -> dict[str, float]:
         from beitctl_plugins.stages.zero_shot import pair_scores
@@ -186,6 +190,10 @@ class Eval(Plugin):
         examples, outputs = shared.outputs(learner, Stream("task", task, source, 1, tools), ranks)
         task.draw(outputs, examples, tools, job.log)
         return dict(task.score(outputs, examples, tools, source))
+
+
+def _middle(model: Any) -> int:
+    return max(1, round(len(model.blocks) * 2 / 3))
 
 
 def _vote(asked: "torch.Tensor", known: "torch.Tensor", labels: Sequence[str], neighbours: int) -> list[str]:

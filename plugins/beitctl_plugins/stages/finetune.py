@@ -114,7 +114,7 @@ class Finetune(Plugin):
         folder = job.folder / f"seed-{seed}"
         shared.fit(
             learner, [stream], replace(self.train, seed=seed), ranks, job,
-            folder=folder, name="" if first else f"seed {seed} ",
+            folder=folder, name="" if first else f"seed-{seed}/",
         )  # fmt: skip
         if first:
             table = {"kind": _kind(self.task), **self._measured().model_dump(mode="json")}
