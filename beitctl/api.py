@@ -229,6 +229,10 @@ class ImageTokenizer(Protocol):
         """(B, 3, H, W) uint8 to (B, grid * grid) int64."""
         ...
 
+    def closest(self, images: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Codes as of ``encode``, and how close each patch is to its code: larger is closer."""
+        ...
+
 
 class TokenViews(Protocol):
     """A token store: codes of fixed views of pictures."""

@@ -52,6 +52,11 @@ def test_a_corrupt_picture_does_not_count(tmp_path):
     assert knn(tmp_path, source=source)["examples"] == 1
 
 
+def test_knn_deeper_than_the_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"depth \(9\) must not exceed the model's \d+ blocks"):
+        knn(tmp_path, depth=9)
+
+
 def test_knn_without_any_label_is_refused(tmp_path):
     with pytest.raises(DataError, match="no labelled picture to measure k-NN with"):
         knn(tmp_path, source=Given(examples=(Example("x", png()),)))

@@ -27,6 +27,11 @@ class Reds:
         red = nn.functional.avg_pool2d(images[:, 0].float(), 4)
         return (red / 32).long().clamp(0, 7).flatten(1)
 
+    def closest(self, images):
+        """The redder, the closer."""
+        red = nn.functional.avg_pool2d(images[:, 0].float(), 4).flatten(1)
+        return (red / 32).long().clamp(0, 7), red
+
 
 @pytest.fixture
 def tokenizer(monkeypatch):
@@ -172,3 +177,12 @@ def test_nothing_but_corrupt_pictures_is_refused(tokenizer, tmp_path):
 def test_the_plan_counts_views(tokenizer):
     made = stage(coloured("red", "blue"), source(), views=3, tokenizer="@train-tokenizer.image")
     assert made.plan() == {"pictures": 7, "views": 21, "tokenizer": "@train-tokenizer.image"}
+
+
+def test_a_code_is_shown_by_the_patch_closest_to_it(tmp_path, tokenizer):
+    pictures = tuple(Example(f"p{i}", png((red, 0, 0))) for i, red in enumerate((0, 70, 90, 80)))
+    run(tmp_path, stage(Given(examples=pictures)))
+    patches = np.load(tmp_path / "tokens" / "patches.npy")
+    assert patches.shape == (8, 3, 4, 4)
+    assert patches[2, 0].min() == patches[2, 0].max() == 90
+    assert not patches[5].any()

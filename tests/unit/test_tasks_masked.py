@@ -139,7 +139,10 @@ def test_a_pair_without_hidden_patches_has_no_loss_on_them():
     task = MaskedPair(image_mask_ratio=0)
     assert list(task.terms()) == [""]
     assert list(task.heads(tools())) == ["text_tokens"]
-    assert not task.prepare(PICTURE, rng(), tools()).image_mask.any()
+    item = task.prepare(PICTURE, rng(), replace(tools(), tokens=None))
+    assert item.image is not None
+    assert item.image_mask is None
+    assert item.patch_targets is None
 
 
 def test_the_weight_of_a_pairs_patches_is_that_of_the_recipe():

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from beitctl.engine.dist import Ranks
 
 BATCH = 64
+TYPICAL_FROM = 2000
+"""Pictures that the patches which stand for the codes are chosen from."""
 
 
 class TokenizeImages(Plugin):
@@ -189,12 +191,10 @@ class _Work:
 
         store = TokenStore.open(job.folder / "tokens")
         counts = np.zeros(store.codes, np.int64)
-        patches = np.zeros((store.codes, *self._patch_shape()), np.uint8)
-        for number, id in enumerate(store.ids):
+        for id in store.ids:
             for view in range(store.views):
                 counts += np.bincount(store.view(id, view)[1], minlength=store.codes)
-            if number < 2000:
-                self._collect(store, id, patches)
+        patches = self._typical(store)
         np.save(job.folder / "tokens" / "patches.npy", patches)
         used = int((counts > 0).sum())
         order = np.argsort(-counts)
@@ -204,9 +204,9 @@ class _Work:
             "codes",
             figures.gallery([figures.Row(tiles[i : i + 16]) for i in range(0, len(tiles), 16)], tile_px=56),
             "What the codes stand for",
-            "One training patch per code, with the code and how often it is used: three rows of the most "
-            "used codes, then the rarest. Codes that mean something look alike within a code and differ "
-            "between codes.",
+            "The training patch closest to each code, with the code and how often it is used: three rows of "
+            "the most used codes, then the rarest. Codes that mean something look alike within a code "
+            "and differ between codes.",
         )
         return {
             "pictures": len(store.ids),
@@ -216,21 +216,24 @@ class _Work:
             "codebook_perplexity": perplexity(torch.from_numpy(counts)),
         }
 
-    def _patch_shape(self) -> tuple[int, int, int]:
-        side = self.tokenizer.image_px // self.tokenizer.grid
-        return 3, side, side
+    def _typical(self, store: Any) -> "np.ndarray[Any, Any]":
+        """(codes, 3, p, p) uint8: for each code the patch closest to it, among first views of pictures."""
+        import numpy as np
+        import torch
 
-    def _collect(self, store: Any, id: str, patches: "np.ndarray[Any, Any]") -> None:
-        """Remember patches of the first view of a picture for codes that have none yet."""
-        crop, codes = store.view(id, 0)
-        missing = [place for place, code in enumerate(codes) if not patches[code].any()]
-        if not missing:
-            return
-        pixels = self.pictures.crop(self._picture(id), crop, self.tokenizer.image_px)
-        grid, (_, side, _) = self.tokenizer.grid, self._patch_shape()
-        for place in missing:
-            y, x = divmod(place, grid)
-            patches[codes[place]] = pixels[:, y * side : (y + 1) * side, x * side : (x + 1) * side]
+        side, grid = self.tokenizer.image_px // self.tokenizer.grid, self.tokenizer.grid
+        patches = np.zeros((store.codes, 3, side, side), np.uint8)
+        best = np.full(store.codes, -2.0)
+        for ids in _chunks(iter(store.ids[:TYPICAL_FROM]), BATCH):
+            crops = [(self._picture(id), store.view(id, 0)[0]) for id in ids]
+            views = np.stack([self.pictures.crop(*crop, self.tokenizer.image_px) for crop in crops])
+            codes, near = (x.cpu().numpy() for x in self.tokenizer.closest(torch.from_numpy(views)))
+            cut = views.reshape(len(views), 3, grid, side, grid, side).transpose(0, 2, 4, 1, 3, 5)
+            cut, codes, near = cut.reshape(-1, 3, side, side), codes.ravel(), near.ravel()
+            for place in np.flatnonzero(near > best[codes]):
+                if near[place] > best[codes[place]]:
+                    best[codes[place]], patches[codes[place]] = near[place], cut[place]
+        return patches
 
     def _picture(self, id: str) -> Any:
         if not hasattr(self, "_index"):

@@ -1,6 +1,7 @@
 """Masked data modelling on pictures, texts and pairs (BEiT-3, arXiv:2208.10442, section 2.2)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,10 +13,12 @@ from beitctl.data.batch import Group
 from beitctl.data.masking import block_mask, text_mask
 from beitctl.engine.losses import masked_cross_entropy
 from beitctl.errors import DataError, UserError
-from beitctl_plugins.tasks.preparing import caption_of, framed, loaded, window
+from beitctl_plugins.tasks.preparing import caption_of, framed, loaded, view_of, window
 
 IMAGE_HEAD = "image_codes"
 TEXT_HEAD = "text_tokens"
+WHOLE_CROP = (0.2, 1.0)
+"""Crop of pictures of which nothing is hidden (BEiT v2's)."""
 
 
 class MaskedImage(Plugin):
@@ -83,7 +86,7 @@ class MaskedPair(Plugin):
     text_mask_ratio: float = Field(default=0.5, gt=0, le=1)
     """Share of the caption's tokens that are hidden."""
     image_mask_ratio: float = Field(default=0.4, ge=0, le=1)
-    """Share of the patches that are hidden; 0 hides none and drops that loss."""
+    """Share of the patches that are hidden; 0 hides none, drops that loss and needs no token store."""
     min_block: int = Field(default=16, ge=1)
     """Smallest block of hidden patches, in patches."""
     image_weight: float = Field(default=1.0, ge=0)
@@ -106,14 +109,10 @@ class MaskedPair(Plugin):
         caption = caption_of(example, draw, tools)
         ids = framed(tokenizer.encode(caption)[: tools.model.text_tokens - 2])
         masked, targets = text_mask(ids, self.text_mask_ratio, draw, mask_id=tokenizer.size - 1)
+        if not self.image_mask_ratio:
+            return Item(image=view_of(example, draw, tools, WHOLE_CROP), text=masked, text_targets=targets)
         picture = _masked_picture(example, draw, tools, self.image_mask_ratio, self.min_block)
-        return Item(
-            image=picture.image,
-            image_mask=picture.image_mask,
-            patch_targets=picture.patch_targets,
-            text=masked,
-            text_targets=targets,
-        )
+        return replace(picture, text=masked, text_targets=targets)
 
     def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
         found = {"": masked_cross_entropy(rows[group.text_rows], group.text_targets, heads[TEXT_HEAD])}
@@ -156,9 +155,7 @@ def _masked_picture(
         raise DataError(f"{example.id}: no picture")
     crop, codes = tokens.view(example.id, int(draw.integers(tokens.views)))
     picture = tools.pictures.open(example.image, example.id)
-    mask = np.zeros(grid * grid, np.bool_)
-    if ratio:
-        mask = block_mask(grid, grid, max(1, round(ratio * grid * grid)), draw, min_block=min_block)
+    mask = block_mask(grid, grid, max(1, round(ratio * grid * grid)), draw, min_block=min_block)
     return Item(
         image=tools.pictures.crop(picture, crop, tools.model.image_px),
         image_mask=mask,

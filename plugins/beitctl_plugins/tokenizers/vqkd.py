@@ -137,6 +137,14 @@ class VQKDTokenizer:
         return self.model.tokens(normalise(images.to(device), HALF))
 
     @torch.no_grad()
+    def closest(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (B, N) of (B, 3, H, W) uint8, and the cosine (B, N) of each patch to its code."""
+        book = self.model.codebook
+        z = self.model.vectors(normalise(images.to(book.vectors.device), HALF))
+        codes = book.assign(z.flatten(0, 1)).view(z.shape[:2])
+        return codes, (z * book.vectors[codes]).sum(-1)
+
+    @torch.no_grad()
     def similarity(self, images: Tensor, target: Tensor) -> Tensor:
         """Cosine (B, N) between reconstructed and true teacher features."""
         features, _, _ = self.model(normalise(images, HALF))
