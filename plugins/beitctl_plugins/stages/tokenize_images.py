@@ -84,9 +84,7 @@ class TokenizeImages(Plugin):
             for index, shard in enumerate(shards):
                 if index % ranks.world == ranks.rank and index not in done:
                     work.shard(index, shard, writer)
-                    job.log.step(
-                        index + 1, len(shards), {"pictures": float((index + 1) * self.shard_pictures)}
-                    )
+                    job.log.step(index + 1, len(shards), {"pictures": float(len(shard))})
         return self._finish(work, writer, ranks, job, len(places))
 
     def _finish(

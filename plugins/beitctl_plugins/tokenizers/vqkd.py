@@ -266,7 +266,10 @@ class VQKD(Plugin):
                     metrics = step.metrics()
                     metrics.pop("commitment/accuracy", None)
                     metrics["similarity/cosine"] = metrics.pop("similarity/accuracy")
-                    metrics |= {"codes_used": float((window > 0).sum()), "perplexity": perplexity(window)}
+                    metrics |= {
+                        "codebook_used": float((window > 0).sum()),
+                        "codebook_perplexity": perplexity(window),
+                    }
                     job.log.step(step.number, config.steps, metrics)
 
     def _streams(self, sources: Sequence[Source]) -> list[Stream]:
@@ -343,7 +346,7 @@ class VQKD(Plugin):
         used = int((counts > 0).sum())
         job.log.figure(
             "codebook",
-            figures.histogram(counts.numpy(), "How often each code is used", "codes, most used first"),
+            figures.histogram(counts.numpy(), "How often each code is used", "codes"),
             "Codebook",
             f"{used} of {self.codes} codes stand for at least one patch of the training pictures. "
             "The flatter the curve, the better the codebook is used.",
