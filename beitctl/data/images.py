@@ -5,7 +5,6 @@ at one view each.
 """
 
 import io
-import logging
 import math
 import struct
 import warnings
@@ -21,14 +20,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from beitctl.errors import DataError
-
-MEAN_STD = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-"""Mean and standard deviation per channel, for pictures in 0..1."""
-
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs comes as a DataError
 
 FAULTS = (
     OSError,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,7 @@ if TYPE_CHECKING:
 Sums = dict[str, tuple[Tensor, Tensor]]
 """Per term the sum of its losses and the number of right predictions, 0-d each."""
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-class Learner(Protocol):
-    """What the loop trains: any module that turns a batch into sums of losses."""
-
-    weights: Mapping[str, float]
-    """Weight of every term, by its name; all ranks hold the same terms in the same order."""
-
-    def __call__(self, batch: object) -> Sums: ...
-    def counts(self, batch: object) -> dict[str, float]:
-        """What every term of this batch is averaged over."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,9 @@ def train(
 ) -> Generator[Step, None, None]:
     """Train until ``config.steps``, resuming from the newest checkpoint; yields after every step.
 
-    ``data[step]`` gives the batches of this rank in one step. Close the generator when leaving it early.
+    ``learner(batch)`` gives the ``Sums`` of every term, ``learner.counts(batch)`` what each is averaged over,
+    and ``learner.weights`` their weights, the same terms in the same order on all ranks. ``data[step]`` gives
+    the batches of this rank in one step. Close the generator when leaving it early.
 
     Raises:
         Stopped: SIGTERM, a ``stop`` file or the time limit; a checkpoint is written first.

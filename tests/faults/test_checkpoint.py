@@ -1,5 +1,6 @@
 """Checkpoints under faults: the newest whole one is used, or an error says why there is none."""
 
+import contextlib
 import os
 import pickle
 import resource
@@ -303,32 +304,34 @@ def test_an_index_that_points_outside_its_folder_is_refused(kept):
         kept.checkpoints.load(found, blank())
 
 
-@pytest.fixture
-def file_limit():
+@contextlib.contextmanager
+def file_limit(size):
+    """No file may grow beyond ``size`` here; not longer, because pytest's own output may be a longer file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_write_that_fails_for_space_leaves_the_earlier_ones(kept, file_limit):
+def test_a_write_that_fails_for_space_leaves_the_earlier_ones(kept):
     kept.save(1)
-    file_limit(2000)
-    with pytest.raises(CapacityError, match=r"no space left for a checkpoint \(File too large\); make room"):
+    told = pytest.raises(CapacityError, match=r"no space left for a checkpoint \(File too large\); make room")
+    with told, file_limit(2000):
         kept.save(2)
     assert (kept.names(), kept.checkpoints.newest().step) == (["step-00000001"], 1)
 
 
-def test_space_that_ends_inside_a_large_tensor_is_told_as_such(kept, file_limit):
-    file_limit(100_000)
-    with pytest.raises(CapacityError, match=r"no space left for a checkpoint \(File too large\); make room"):
+def test_space_that_ends_inside_a_large_tensor_is_told_as_such(kept):
+    told = pytest.raises(CapacityError, match=r"no space left for a checkpoint \(File too large\); make room")
+    with told, file_limit(100_000):
         kept.checkpoints.save(2, {"large": torch.zeros(1000, 1000)}, {})
 
 
-def test_saving_works_again_after_room_was_made(kept, file_limit):
-    file_limit(2000)
-    with pytest.raises(CapacityError):
+def test_saving_works_again_after_room_was_made(kept):
+    with pytest.raises(CapacityError), file_limit(2000):
         kept.save(2)
-    file_limit(10**9)
     assert kept.save(2).checkpoints.newest().step == 2
 
 
