@@ -5,6 +5,7 @@ at one view each.
 """
 
 import io
+import logging
 import math
 import struct
 import warnings
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from beitctl.errors import DataError
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs comes as a DataError
 
 FAULTS = (
     OSError,
