@@ -20,7 +20,7 @@ from beitctl.api import Tools
 from beitctl.config import ModelConfig
 from beitctl.errors import DataError, UserError
 from beitctl.model.attention import Layout
-from beitctl.model.multiway import Multiway, Packed, real_tokens
+from beitctl.model.multiway import Multiway, Packed, unpadded
 from beitctl.model.plan import plan_of
 
 WEIGHTS = "model.safetensors"
@@ -157,10 +157,7 @@ class TaskModel(nn.Module):
         if image is None or (self.task.layout == "dual" and text is None):
             wanted = "image and text" if self.task.layout == "dual" else "image"
             raise ValueError(f"this task needs {wanted}")
-        real = None if text is None else torch.ones_like(text, dtype=torch.bool)
-        if text_pad is not None:
-            real = ~text_pad
-        lengths = [] if text is None else real_tokens(text, text_pad)
+        _, ids, lengths = unpadded(text, text_pad)
         dual = self.task.layout == "dual"
         plan = plan_of(
             config.patches + 1,
@@ -168,7 +165,6 @@ class TaskModel(nn.Module):
             [] if dual else lengths,
             lengths if dual else [],
         )
-        ids = None if text is None or real is None else text[real]
         rows = self.model.encode(Packed(Layout.of(plan, device), image, image_mask, ids))
         group: Any = SimpleNamespace(
             picture_rows=torch.from_numpy(plan.image_rows(0, len(image))).to(device),

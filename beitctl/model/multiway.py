@@ -240,7 +240,7 @@ class Multiway(nn.Module):
         if text is not None and self.text_embed is None:
             raise ValueError("this model has no language branch: its vocabulary is 0")
         token = self.config.patches + 1
-        lengths = [] if text is None else real_tokens(text, text_pad)
+        real, ids, lengths = unpadded(text, text_pad)
         images = 0 if image is None or text is not None else len(image)
         pairs, texts = (lengths, []) if image is not None else ([], lengths)
         device = self.vision_embed.position.device
@@ -249,31 +249,26 @@ class Multiway(nn.Module):
             side = self.config.image_px
             image = self.vision_embed.position.new_zeros(0, self.config.channels, side, side)
             image_mask = None
-        real = (
-            None
-            if text is None
-            else (torch.ones_like(text, dtype=torch.bool) if text_pad is None else ~text_pad)
-        )
-        ids = None if text is None or real is None else text[real]
         rows = self.encode(Packed(layout, image, image_mask, ids))
         nv = layout.plan.cuts[1]
         seen = rows[:nv].view(len(image), token, self.config.width)
-        if text is None or real is None:
+        if real is None:
             return seen
-        read = rows.new_zeros(*text.shape, rows.shape[1])
+        read = rows.new_zeros(*real.shape, rows.shape[1])
         read[real] = rows[nv:]
         return read if not len(image) else torch.cat([seen, read], dim=1)
 
 
-def real_tokens(text: Tensor, text_pad: Tensor | None) -> list[int]:
-    """Real tokens of every text.
+def unpadded(text: Tensor | None, text_pad: Tensor | None) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """Padded texts (B, S) to what a packed batch holds: (B, S) bool of real tokens, their ids, their counts.
 
     Raises:
         ValueError: a text is padding from end to end.
     """
-    if text_pad is None:
-        return [text.shape[1]] * len(text)
-    lengths: list[int] = (~text_pad).sum(1).tolist()
+    if text is None:
+        return None, None, []
+    real = torch.ones_like(text, dtype=torch.bool) if text_pad is None else ~text_pad
+    lengths: list[int] = real.sum(1).tolist()
     if min(lengths, default=1) < 1:
         raise ValueError(f"text {lengths.index(0)} of the batch has no token that is not padding")
-    return lengths
+    return real, text[real], lengths
