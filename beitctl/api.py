@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from beitctl.config import ModelConfig
     from beitctl.data.batch import Group
+    from beitctl.model.multiway import Encoded
 
 
 class Plugin(BaseModel):
@@ -40,6 +41,8 @@ class Kind:
     """Marks a field whose table names a plugin: ``{ kind = "name", ... }``."""
 
     group: str
+    needs: tuple[str, ...] = ()
+    """Methods that the plugin must have, besides those of its group."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Validate a table by the class that its ``kind`` names; a plugin object passes as it is."""
@@ -73,6 +76,13 @@ class Kind:
             plugin = registry.get(self.group, value["kind"])
         except PluginError as error:
             raise PydanticCustomError("kind_unknown", "{text}", {"text": str(error)}) from error
+        missing = [method for method in self.needs if not callable(getattr(plugin, method, None))]
+        if missing:
+            raise PydanticCustomError(
+                "kind_unfit",
+                "the {noun} '{name}' has no method {what}, which is needed here",
+                {"noun": noun, "name": value["kind"], "what": ", ".join(missing)},
+            )
         return plugin.model_validate({key: item for key, item in value.items() if key != "kind"})
 
     def _dump(self, value: Any) -> dict[str, Any]:
@@ -128,6 +138,8 @@ class Item:
     """(S,) int64, -1 where nothing is predicted."""
     label: int = -1
     """Class index."""
+    chance: tuple[float, ...] = ()
+    """Numbers in 0..1 for what the loss itself draws, so that it too depends on the position alone."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,11 @@ class Term:
 
 
 class Task(Protocol):
-    """A loss and a metric on the shared model, with its own heads."""
+    """A loss and a metric on the shared model, with its own heads.
+
+    A class method ``smoke(table: Mapping[str, Any]) -> dict[str, Any]`` is optional: it gives the task's
+    table (plain TOML data, without ``kind``) the settings that a toy model needs, for ``--smoke``.
+    """
 
     layout: ClassVar[Literal["image", "text", "pair", "dual"]]
     """Which sequences an item becomes: one of pictures, of text, of both joined, or one of each apart."""
@@ -172,15 +188,17 @@ class Task(Protocol):
         ...
 
     def loss(
-        self, rows: "torch.Tensor", group: "Group", heads: "Mapping[str, nn.Module]"
+        self, encoded: "Encoded", group: "Group", heads: "Mapping[str, nn.Module]"
     ) -> "dict[str, tuple[torch.Tensor, torch.Tensor]]":
         """Per term the sum of its losses over this batch, and the number of right predictions (0-d both).
 
-        ``rows`` is the encoded batch X [T, d]; ``group`` says which rows belong to this task.
+        ``encoded.rows`` is the encoded batch X [T, d]; ``group`` says which rows belong to this task. A task
+        that also reads rows of inner blocks has a method ``depths(config)`` with their numbers and finds
+        them in ``encoded.inner``.
         """
         ...
 
-    def output(self, rows: "torch.Tensor", group: "Group", heads: "Mapping[str, nn.Module]") -> Any:
+    def output(self, encoded: "Encoded", group: "Group", heads: "Mapping[str, nn.Module]") -> Any:
         """What the task says: ids by unit when pretraining, logits or vectors when fine-tuned."""
         ...
 
@@ -294,7 +312,12 @@ class Job:
 
 
 class Stage(Protocol):
-    """One command. Its module must import without torch."""
+    """One command. Its module must import without torch.
+
+    A class method ``smoke(table: Mapping[str, Any]) -> dict[str, Any]`` is optional and gives the command
+    ``--smoke``: it returns the stage's table (plain TOML data, not validated yet) at toy size, on the
+    embedded data. Tables of other stages that the result refers to are those of the recipe ``tiny``.
+    """
 
     def plan(self) -> Mapping[str, Any]:
         """What a run would do, without doing it: printed by --dry-run."""
@@ -310,7 +333,7 @@ class Stage(Protocol):
 
 TaskField = Annotated[Task, Kind("beitctl.tasks")]
 SourceField = Annotated[Source, Kind("beitctl.sources")]
-TokenizerField = Annotated[Tokenizer, Kind("beitctl.tokenizers")]
+TokenizerField = Annotated[Tokenizer, Kind("beitctl.tokenizers", ("train", "plan"))]
 
 
 class Teacher(Protocol):

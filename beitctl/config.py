@@ -11,7 +11,12 @@ STRICT: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Multiway Transformer (BEiT-3, arXiv:2208.10442)."""
+    """Shape of a Multiway Transformer: every model of the family is a setting of it.
+
+    BEiT-1 arXiv:2106.08254, BEiT v2 arXiv:2208.06366, VLMo arXiv:2111.02358, BEiT-3 arXiv:2208.10442; ViT
+    arXiv:2010.11929 and DeiT arXiv:2012.12877 as what they are measured against. docs/models.md has each
+    one's settings.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -23,8 +28,8 @@ class ModelConfig:
     """Attention heads; ``width`` must be a multiple."""
     ffn: int
     """Inner width of every expert FFN."""
-    image_px: int = 224
-    """Side of the square input picture in pixels."""
+    image_px: int | tuple[int, int] = 224
+    """Side of the square input picture in pixels, or its height and width."""
     patch_px: int = 16
     """Side of a patch in pixels; ``image_px`` must be a multiple."""
     channels: int = 3
@@ -36,44 +41,110 @@ class ModelConfig:
     attention: Literal["shared", "decoupled"] = "shared"
     """``shared``: one set of projections (paper); ``decoupled``: one per modality (released base, large)."""
     fusion_layers: int = 0
-    """Top layers with vision-language experts for pairs (paper: 3; released models: 0)."""
+    """Top layers with vision-language experts for pairs (BEiT-3's paper: 3; VLMo: 2 or 3; released BEiT-3:
+    0)."""
+    position: Literal["absolute", "relative-shared", "relative-per-block"] = "absolute"
+    """``absolute``: learned positions; ``relative-shared``: one table of attention biases for all blocks
+    (BEiT while pretraining); ``relative-per-block``: one for each (BEiT fine-tuned, VLMo)."""
     norm: Literal["pre", "sub"] = "sub"
     """``sub`` adds the two inner LayerNorms of Magneto, before the output projection and before fc2."""
     key_bias: bool = True
     """Whether keys have a bias (BEiT-1, BEiT v2 and VLMo: no)."""
     norm_eps: float = 1e-5
     """Epsilon of every LayerNorm."""
+    final_norm: bool = True
+    """Whether a LayerNorm ends the last block; classifiers of the mean patch have their own instead."""
+    layer_scale: float = 0.0
+    """Start of the learned scale of both branches of a block, shared by its experts; 0: there is none."""
+    mask_token: bool = True
+    """Whether patches can be masked."""
+    distill_token: bool = False
+    """DeiT's second class token."""
+    text_norm: bool = False
+    """BERT's text embedding: a token-type vector and a LayerNorm of epsilon 1e-12 (VLMo)."""
+    token_types: int = 0
+    """Learned vectors added to tell texts (0) from pictures (1, NLVR2's second picture 2); VLMo: 2 or 3."""
+    text_first: bool = False
+    """Whether ``forward`` gives the text of a pair before its picture (VLMo)."""
+    pixels: Literal["half", "imagenet", "clip"] = "half"
+    """Means and deviations that pictures are normalised with; ``half``: 0.5 and 0.5."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 in the first."""
     init: Literal["beit", "magneto", "released"] = "magneto"
     """Initialisation, see ``beitctl.model.init``."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "ffn", "image_px", "patch_px", "channels"):
+        if not isinstance(self.image_px, int):
+            object.__setattr__(self, "image_px", tuple(self.image_px))
+        for name in ("layers", "width", "heads", "ffn", "patch_px", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
-        if self.image_px % self.patch_px:
+        if min(self.size) < 1 or any(side % self.patch_px for side in self.size):
             raise ValueError(f"image_px ({self.image_px}) must be a multiple of patch_px ({self.patch_px})")
+        self._check_extras()
+        self._check_text()
+
+    def _check_extras(self) -> None:
         if not 0 <= self.fusion_layers <= self.layers:
             raise ValueError(f"fusion_layers ({self.fusion_layers}) must lie in 0..layers ({self.layers})")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path ({self.drop_path}) must be at least 0 and below 1")
+        if self.layer_scale < 0:
+            raise ValueError(f"layer_scale ({self.layer_scale}) must not be negative; 0 is none")
+        if self.distill_token and self.position != "absolute":
+            raise ValueError(f'distill_token needs position = "absolute", found "{self.position}"')
+        if self.token_types not in (0, 2, 3):
+            raise ValueError(f"token_types ({self.token_types}) must be 0, 2 or 3")
+
+    def _check_text(self) -> None:
         if self.vocabulary < 0 or self.text_tokens < 0:
             raise ValueError("vocabulary and text_tokens must not be negative")
         if self.vocabulary and self.text_tokens < 2:
             raise ValueError(f"text_tokens ({self.text_tokens}) must be at least 2: <s> and </s> take two")
 
     @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_px // self.patch_px
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input picture in pixels."""
+        return (self.image_px, self.image_px) if isinstance(self.image_px, int) else self.image_px
+
+    @property
+    def side_px(self) -> int:
+        """Side of the input picture where it must be square: wherever pictures are cropped.
+
+        Raises:
+            ValueError: it is not.
+        """
+        height, width = self.size
+        if height != width:
+            raise ValueError(f"image_px ({height}, {width}) must be square here: training crops squares")
+        return height
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along the height and along the width."""
+        return self.size[0] // self.patch_px, self.size[1] // self.patch_px
 
     @property
     def patches(self) -> int:
-        """Patches N of a picture; a picture takes N + 1 tokens, with the class token."""
-        return self.grid * self.grid
+        """Patches N of a picture."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token, and DeiT's distillation token."""
+        return 2 if self.distill_token else 1
+
+    @property
+    def picture_tokens(self) -> int:
+        """Tokens P of a picture."""
+        return self.prefix + self.patches
+
+    @property
+    def first_fusion(self) -> int:
+        """Index of the first block with a vision-language expert; ``layers`` if there is none."""
+        return self.layers - self.fusion_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +156,9 @@ class OptimConfig:
     peak_lr: float
     """Highest learning rate, reached at the end of the warm-up."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls after the warm-up (VLMo: linear)."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -11,7 +11,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "beitctl.stages": ("run", "plan"),
     "beitctl.tasks": ("heads", "prepare", "terms", "loss", "output"),
     "beitctl.sources": ("open",),
-    "beitctl.tokenizers": ("train",),
+    "beitctl.tokenizers": ("load",),
     "beitctl.teachers": ("open",),
 }
 """Entry-point group to the methods that a plugin of the group must have."""
@@ -25,6 +25,18 @@ def _entries(group: str) -> tuple[EntryPoint, ...]:
 def names(group: str) -> list[str]:
     """Names of the installed plugins of a group; imports nothing."""
     return sorted({entry.name for entry in _entries(group)})
+
+
+def name_of(group: str, plugin: type) -> str:
+    """Name under which a plugin class is installed.
+
+    Raises:
+        PluginError: it is not.
+    """
+    for name in names(group):
+        if get(group, name) is plugin:
+            return name
+    raise PluginError(f"{plugin.__name__} is not installed in {group}")
 
 
 def origin(group: str, name: str) -> str:

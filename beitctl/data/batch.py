@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from beitctl.config import ModelConfig
 from beitctl.model.plan import BatchPlan, plan_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Group:
     """(m',) their ids."""
     labels: Tensor
     """(n,) class indices, -1 without."""
+    chance: Tensor
+    """(n, k) numbers in 0..1 for what the loss draws."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -55,8 +58,8 @@ class Batch:
     plan: BatchPlan
     pixels: Tensor
     """(pictures, 3, H, W) uint8."""
-    image_mask: Tensor
-    """(pictures, N) bool."""
+    image_mask: Tensor | None
+    """(pictures, N) bool; None if the model has no mask token."""
     ids: Tensor
     """(text rows,) int64."""
     groups: Mapping[str, Group]
@@ -93,14 +96,13 @@ class Portion:
     """(sequences of the items, layers, 2) float32."""
 
 
-def collate(portions: Sequence[Portion], image_px: int, patch_px: int) -> Batch:
+def collate(portions: Sequence[Portion], config: ModelConfig) -> Batch:
     """Pack the items of all objectives into one batch."""
-    grid = image_px // patch_px
     order = {layout: [p for p in portions if p.layout == layout] for layout in LAYOUTS}
     alone = order["image"] + order["dual"]
     texts = order["text"] + order["dual"]
     plan = plan_of(
-        grid * grid + 1,
+        config.picture_tokens,
         sum(len(p.items) for p in alone),
         [len(_text(item)) for p in order["pair"] for item in p.items],
         [len(_text(item)) for p in texts for item in p.items],
@@ -110,12 +112,14 @@ def collate(portions: Sequence[Portion], image_px: int, patch_px: int) -> Batch:
     firsts = (_offsets(pictured), _offsets(written))
     return Batch(
         plan=plan,
-        pixels=_stack([item.image for p in pictured for item in p.items], (3, image_px, image_px), np.uint8),
+        pixels=_stack([item.image for p in pictured for item in p.items], (3, *config.size), np.uint8),
         image_mask=_stack(
-            [_mask(item, grid * grid) for p in pictured for item in p.items], (grid * grid,), np.bool_
-        ),
+            [_mask(item, config.patches) for p in pictured for item in p.items], (config.patches,), np.bool_
+        )
+        if config.mask_token
+        else None,
         ids=_flat([_text(item) for p in written for item in p.items]),
-        groups={p.name: _group(p, plan, firsts) for p in portions},
+        groups={p.name: _group(p, plan, firsts, config.prefix) for p in portions},
         keep=_keep(alone, order["pair"], texts),
     )
 
@@ -129,7 +133,9 @@ def _offsets(portions: Sequence[Portion]) -> dict[str, int]:
     return found
 
 
-def _group(portion: Portion, plan: BatchPlan, firsts: tuple[dict[str, int], dict[str, int]]) -> Group:
+def _group(
+    portion: Portion, plan: BatchPlan, firsts: tuple[dict[str, int], dict[str, int]], prefix: int
+) -> Group:
     items, pictures, texts = portion.items, firsts[0].get(portion.name), firsts[1].get(portion.name)
     picture_rows = np.zeros((0, plan.picture_tokens), np.int64)
     starts = np.zeros(0, np.int64)
@@ -137,7 +143,9 @@ def _group(portion: Portion, plan: BatchPlan, firsts: tuple[dict[str, int], dict
         picture_rows = plan.image_rows(pictures, len(items))
     if texts is not None:
         starts = plan.text_starts[texts : texts + len(items)]
-    patch_rows, patch_targets = _targets([i.patch_targets for i in items], picture_rows[:, 1:2].ravel())
+    patch_rows, patch_targets = _targets(
+        [i.patch_targets for i in items], picture_rows[:, prefix : prefix + 1].ravel()
+    )
     text_rows, text_targets = _targets([i.text_targets for i in items], starts)
     return Group(
         picture_rows=torch.from_numpy(picture_rows),
@@ -147,6 +155,7 @@ def _group(portion: Portion, plan: BatchPlan, firsts: tuple[dict[str, int], dict
         text_rows=text_rows,
         text_targets=text_targets,
         labels=torch.tensor([item.label for item in items], dtype=torch.int64),
+        chance=torch.tensor([item.chance for item in items], dtype=torch.float32),
     )
 
 

@@ -103,7 +103,7 @@ class StepData(Dataset[list[Batch]]):
                 problems += bad
             keep = np.stack(keeps) if keeps and self.model.drop_path else None
             portions.append(Portion(stream.name, stream.task.layout, items, keep))
-        batch = collate(portions, self.model.image_px, self.model.patch_px)
+        batch = collate(portions, self.model)
         return replace(batch, samples=tuple(samples), problems=tuple(problems))
 
     def _keep(self, stream: Stream, position: int) -> np.ndarray[Any, Any]:
@@ -165,4 +165,4 @@ def batches(
             chunk = found[start : start + samples]
             mine = order.share(len(chunk), place.world, place.rank)
             portions.append(Portion(name, task.layout, chunk[mine.start : mine.stop]))
-        yield collate(portions, model.image_px, model.patch_px)
+        yield collate(portions, model)

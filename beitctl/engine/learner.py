@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from beitctl.model.attention import Layout
-from beitctl.model.multiway import Multiway, Packed
+from beitctl.config import ModelConfig
+from beitctl.model.multiway import Encoded, Multiway, Packed
 
 if TYPE_CHECKING:
     from beitctl.api import Task, Tools
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 Sums = dict[str, tuple[Tensor, Tensor]]
 """Per term the sum of its losses and the number of right predictions, 0-d each."""
 
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+PIXELS = {
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+"""Channel means and deviations by their name in ``ModelConfig.pixels``."""
+HALF = PIXELS["half"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,18 @@ def normalise(pixels: Tensor, mean_std: tuple[tuple[float, ...], tuple[float, ..
     """(n, 3, H, W) uint8 to fp32 with the given channel means and deviations."""
     mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] * 255 for x in mean_std)
     return (pixels.float() - mean) / std
+
+
+def raw(pixels: Tensor, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+    """(n, 3, H, W) normalised pixels back to 0..1."""
+    mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in mean_std)
+    return pixels * std + mean
+
+
+def depths_of(task: "Task", config: ModelConfig) -> Sequence[int]:
+    """Numbers of blocks after which a task reads the rows, besides the last."""
+    depths = getattr(task, "depths", None)
+    return tuple(depths(config)) if callable(depths) else ()
 
 
 class MultiwayLearner(nn.Module):
@@ -62,31 +80,33 @@ class MultiwayLearner(nn.Module):
             for short, term in objective.task.terms().items()
         }
 
-    def encode(self, batch: "Batch") -> Tensor:
-        """X [T, d], the encoded rows of a batch."""
-        return self.model.encode(
+    def encode(self, batch: "Batch") -> Encoded:
+        """The encoded batch, with the rows of every depth that a task reads."""
+        depths = {depth for o in self.objectives for depth in depths_of(o.task, self.model.config)}
+        return self.model.encoded(
             Packed(
-                layout=Layout.of(batch.plan, batch.pixels.device),
-                pixels=normalise(batch.pixels, HALF),
+                layout=self.model.layout(batch.plan),
+                pixels=normalise(batch.pixels, PIXELS[self.model.config.pixels]),
                 image_mask=batch.image_mask,
                 ids=batch.ids,
                 keep=batch.keep if self.training else None,
-            )
+            ),
+            sorted(depths),
         )
 
     def forward(self, batch: "Batch") -> Sums:
         """Sums of the losses of every term of every objective."""
-        rows, heads = self.encode(batch), dict(self.heads.items())
+        encoded, heads = self.encode(batch), dict(self.heads.items())
         sums: Sums = {}
         for objective in self.objectives:
-            found = objective.task.loss(rows, batch.groups[objective.name], heads)
+            found = objective.task.loss(encoded, batch.groups[objective.name], heads)
             sums |= {objective.term(short): pair for short, pair in found.items()}
         return sums
 
     def outputs(self, batch: "Batch") -> dict[str, Any]:
         """What every task says of its part of a batch, by objective."""
-        rows, heads = self.encode(batch), dict(self.heads.items())
-        return {o.name: o.task.output(rows, batch.groups[o.name], heads) for o in self.objectives}
+        encoded, heads = self.encode(batch), dict(self.heads.items())
+        return {o.name: o.task.output(encoded, batch.groups[o.name], heads) for o in self.objectives}
 
     def counts(self, batch: "Batch") -> dict[str, float]:
         """Predictions of every term in a batch."""

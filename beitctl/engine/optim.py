@@ -14,12 +14,13 @@ UNDECAYED = ("cls_token", "vision_embed.position", "logit_scale")
 
 
 def lr_at(step: int, steps: int, optim: OptimConfig) -> float:
-    """Learning rate of a step, counted from 0: linear warm-up from 0, then cosine (BEiT's schedule)."""
+    """Learning rate of a step, counted from 0: linear warm-up from 0, then cosine (BEiT) or linear (VLMo)."""
     warm = optim.warmup_steps
     if step < warm:
         return optim.peak_lr * step / max(1, warm - 1)
-    phase = math.pi * (step - warm) / max(1, steps - warm)
-    return optim.min_lr + 0.5 * (optim.peak_lr - optim.min_lr) * (1 + math.cos(phase))
+    done = (step - warm) / max(1, steps - warm)
+    left = 1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return optim.min_lr + (optim.peak_lr - optim.min_lr) * left
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -34,6 +35,8 @@ def layer_scale(name: str, layers: int, decay: float) -> float:
 
     Heads and the final norm have factor 1. Source: BEiT-3's fine-tuning code.
     """
+    if name.startswith("heads."):
+        return 1.0
     block = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
     if block:
         return float(decay ** (layers - int(block.group(1))))

@@ -6,11 +6,21 @@ of ranks and whatever else the model holds.
 
 import hashlib
 import math
+import re
 
 import torch
 from torch import Tensor
 
 from beitctl.config import ModelConfig
+
+BIASES = ("bias", "q_bias", "v_bias")
+SMALL = (
+    "classifier.linear.weight",
+    "classifier.distilled.weight",
+    "reasoning.up.weight",
+    "reasoning.out.weight",
+)
+"""Heads that begin at a thousandth of the others (BEiT's and BEiT-3's fine-tuning code)."""
 
 
 def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
@@ -18,20 +28,28 @@ def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Ten
 
     L layers, d width, l block counted from 1; truncated normals are cut at one standard deviation.
 
-    ============================  =====================  ==========================  ==================
+    ============================  =====================  ==========================  =======================
     parameter                     ``beit``               ``magneto``                 ``released``
-    ============================  =====================  ==========================  ==================
+    ============================  =====================  ==========================  =======================
     query, key                    trunc N(0, .02)        Xavier                      trunc N(0, .02)
     value                         trunc N(0, .02)        Xavier, gain sqrt(ln 2L)    trunc N(0, .02)
     fc1                           trunc N(0, .02)        Xavier, gain sqrt(ln 2L)    trunc N(0, .02)
     output projection, fc2        same / sqrt(2 l)       Xavier, gain sqrt(ln 2L)    trunc N(0, .02)
     patch projection              trunc N(0, .02)        Xavier                      U(+-1/sqrt(fan in))
     heads                         trunc N(0, .02)        trunc N(0, .02)             trunc N(0, .02)
+    classifier, NLVR2's head      same * .001            same * .001                 same * .001
     positions                     trunc N(0, .02)        trunc N(0, .02)             N(0, 1)
     text embedding                trunc N(0, .02)        N(0, d ** -.5)              N(0, d ** -.5)
     class token, mask token       trunc N(0, .02)        trunc N(0, .02)             0
+    token types                   trunc N(0, .02)        trunc N(0, .02)             trunc N(0, .02)
+    relative positions            0                      0                           0
+    LayerScale                    ``layer_scale``        ``layer_scale``             ``layer_scale``
     biases / norms                0 / 1                  0 / 1                       0 / 1
-    ============================  =====================  ==========================  ==================
+    ============================  =====================  ==========================  =======================
+
+    With ``norm = "pre"``, ``released`` is BEiT-1's and BEiT v2's code: as ``beit``, but BEiT v2's extra
+    blocks keep PyTorch's default U(+-1/sqrt(fan in)) for weights and biases, of which output projection and
+    fc2 are then divided by sqrt(2 l).
 
     Sources: ``beit``: BEiT's code and arXiv:2208.10442; ``magneto``: arXiv:2210.06423, which the released
     BEiT-3 is said to use; ``released``: what the released code does when it builds a model.
@@ -39,23 +57,49 @@ def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Ten
     Raises:
         ValueError: there is no rule for a parameter of this name.
     """
-    draw = _Draw(name, shape, seed)
-    last = name.rpartition(".")[2]
-    if last in ("bias", "q_bias", "v_bias"):
+    draw, last = _Draw(name, shape, seed), name.rpartition(".")[2]
+    constant = _constant(name, last, shape, config)
+    if constant is not None:
+        return constant
+    as_built = config.init == "released" and config.norm == "sub"
+    if last in ("bias", "cls_token", "mask_token", "distill_token"):
+        return (
+            torch.zeros(shape)
+            if as_built
+            else _extra_bias(draw, name, config)
+            if last == "bias"
+            else draw.truncated()
+        )
+    if name.endswith(("position", "position.weight")):
+        return draw.normal(1.0) if as_built else draw.truncated()
+    if name.endswith("text_embed.token.weight"):
+        return draw.normal(config.width**-0.5) if as_built or config.init == "magneto" else draw.truncated()
+    if name.endswith(("text_embed.type_row", "token_type.weight")):
+        return draw.truncated()
+    if last == "weight" and len(shape) == 2:
+        weight = _linear(name, draw, config)
+        return weight * 0.001 if name.endswith(SMALL) else weight
+    raise ValueError(f"no initial value is defined for parameter {name} of shape {tuple(shape)}")
+
+
+def _constant(name: str, last: str, shape: torch.Size, config: ModelConfig) -> Tensor | None:
+    """Value of a parameter that begins with the same number everywhere; None for the others."""
+    if last in ("q_bias", "v_bias") or name.endswith("relative.table"):
+        return torch.zeros(shape)
+    if last == "bias" and not (".aggregation." in name and config.init == "released"):
         return torch.zeros(shape)
     if "norm" in name and len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if last == "bias" else torch.ones(shape)
+    if last in ("attention_scale", "ffn_scale"):
+        return torch.full(shape, config.layer_scale)
     if last == "logit_scale":
         return torch.full(shape, math.log(1 / 0.07))  # CLIP's start, as in BEiT-3's retrieval model
-    if last in ("cls_token", "mask_token"):
-        return torch.zeros(shape) if config.init == "released" else draw.truncated()
-    if name.endswith(("position", "position.weight")):
-        return draw.normal(1.0) if config.init == "released" else draw.truncated()
-    if name.endswith("text_embed.token.weight"):
-        return draw.truncated() if config.init == "beit" else draw.normal(config.width**-0.5)
-    if last == "weight" and len(shape) == 2:
-        return _linear(name, draw, config)
-    raise ValueError(f"no initial value is defined for parameter {name} of shape {tuple(shape)}")
+    return None
+
+
+def _extra_bias(draw: "_Draw", name: str, config: ModelConfig) -> Tensor:
+    """PyTorch's default bias, in BEiT v2's extra blocks."""
+    return draw.uniform((config.ffn if name.endswith("fc2.bias") else config.width) ** -0.5)
 
 
 class _Draw:
@@ -80,19 +124,20 @@ class _Draw:
 def _linear(name: str, draw: _Draw, config: ModelConfig) -> Tensor:
     """Weight of a linear layer, (out, in)."""
     fan_out, fan_in = draw.shape
-    in_block = ".blocks." in f".{name}"
-    if name.endswith("vision_embed.proj.weight") and config.init == "released":
+    number = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
+    as_built = config.init == "released" and config.norm == "sub"
+    if name.endswith("vision_embed.proj.weight") and as_built:
         return draw.uniform(fan_in**-0.5)
-    if config.init == "magneto" and (in_block or name.endswith("vision_embed.proj.weight")):
-        gain = math.sqrt(math.log(2 * config.layers)) if in_block else 1.0
+    if config.init == "magneto" and (number or name.endswith("vision_embed.proj.weight")):
+        gain = math.sqrt(math.log(2 * config.layers)) if number else 1.0
         if name.endswith("qkv.weight"):
             d = fan_out // 3
             weight = draw.normal(math.sqrt(2 / (fan_in + d)))
             weight[2 * d :] *= gain
             return weight
         return draw.normal(gain * math.sqrt(2 / (fan_in + fan_out)))
-    weight = draw.truncated()
-    if config.init == "beit" and in_block and name.endswith(("out.weight", "fc2.weight")):
-        layer = 1 + int(name.split("blocks.")[1].split(".")[0])
-        weight /= math.sqrt(2 * layer)
+    extra = ".aggregation." in name and config.init == "released"
+    weight = draw.uniform(fan_in**-0.5) if extra else draw.truncated()
+    if config.init != "magneto" and not as_built and number and name.endswith(("out.weight", "fc2.weight")):
+        weight /= math.sqrt(2 * (1 + int(number.group(1))))
     return weight

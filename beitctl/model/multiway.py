@@ -1,14 +1,16 @@
-"""The Multiway Transformer: one model, of which BEiT-3 (paper and released) are settings.
+"""The Multiway Transformer: one model, of which ViT, BEiT-1, BEiT v2, VLMo and BEiT-3 are settings.
 
 A block is self-attention and an expert FFN per modality, both pre-norm, with the two inner LayerNorms of
 Magneto when ``norm = "sub"``. All of it works on rows: X [T, d] laid out by ``beitctl.model.plan``. The split
 between the modalities comes with every call; no module remembers it.
 
-Sources: BEiT-3, arXiv:2208.10442; VLMo, arXiv:2111.02358; Magneto (sub-LN), arXiv:2210.06423.
+Sources: BEiT, arXiv:2106.08254; BEiT v2, arXiv:2208.06366; VLMo, arXiv:2111.02358; BEiT-3, arXiv:2208.10442;
+Magneto (sub-LN), arXiv:2210.06423.
 Letters: B batch, T rows, d width, f FFN width, P tokens of a picture, N patches, S sequences.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -17,7 +19,9 @@ from torch.nn import functional as F
 
 from beitctl.config import ModelConfig
 from beitctl.model.attention import Layout, attend
-from beitctl.model.plan import plan_of
+from beitctl.model.embed import TextEmbedding, VisionEmbedding
+from beitctl.model.plan import BatchPlan, plan_of
+from beitctl.model.relative import RelativeBias
 
 Span = tuple[str, int, int]
 """Name of an expert and the rows [start, end) that it reads."""
@@ -74,21 +78,40 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         modalities = ["vision", "language"] if config.vocabulary else ["vision"]
-        fusion = bool(config.vocabulary) and index >= config.layers - config.fusion_layers
+        fusion = bool(config.vocabulary) and index >= config.first_fusion
         branches = ["shared"] if config.attention == "shared" else modalities
         self.attention = nn.ModuleDict({name: Attention(config) for name in branches})
         self.ffn = nn.ModuleDict({name: FeedForward(config) for name in modalities + ["fusion"] * fusion})
+        self.relative = RelativeBias(config) if config.position == "relative-per-block" else None
+        scaled = config.layer_scale > 0
+        self.attention_scale = nn.Parameter(torch.empty(config.width)) if scaled else None
+        self.ffn_scale = nn.Parameter(torch.empty(config.width)) if scaled else None
         self.heads = config.heads
 
-    def forward(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
-        """Map X [T, d] to X [T, d]; ``keep`` (2, S) scales the two branches of every sequence."""
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        keep: Tensor | None = None,
+        biases: list[Tensor] | None = None,
+        fused: bool = False,
+    ) -> Tensor:
+        """Map X [T, d] to X [T, d].
+
+        Args:
+            x: rows of a packed batch.
+            layout: where their sequences lie.
+            keep: (2, S) scale of the two branches of every sequence.
+            biases: biases (H, M, M) of the attention logits that all blocks share, one for each grid.
+            fused: whether all sequences go through the vision-language expert, not pairs alone.
+        """
         spans = attention_spans(layout, self.attention)
         qkv = _cat([self._attention(name).project(x[a:b]) for name, a, b in spans])
-        context = attend(qkv, layout, self.heads)
+        context = attend(qkv, layout, self.heads, biases if self.relative is None else self.relative(layout))
         out = _cat([self._attention(name).merge(context[a:b]) for name, a, b in spans])
-        x = x + _scaled(out, keep, 0, layout)
-        out = _cat([self.ffn[name](x[a:b]) for name, a, b in ffn_spans(layout, self.ffn)])
-        return x + _scaled(out, keep, 1, layout)
+        x = x + _scaled(out, self.attention_scale, keep, 0, layout)
+        out = _cat([self.ffn[name](x[a:b]) for name, a, b in ffn_spans(layout, self.ffn, fused)])
+        return x + _scaled(out, self.ffn_scale, keep, 1, layout)
 
     def _attention(self, name: str) -> Attention:
         return cast("Attention", self.attention[name])
@@ -102,10 +125,11 @@ def attention_spans(layout: Layout, branches: nn.ModuleDict) -> list[Span]:
     return [span for span in (("vision", 0, nv), ("language", nv, total)) if span[0] in branches]
 
 
-def ffn_spans(layout: Layout, experts: nn.ModuleDict) -> list[Span]:
+def ffn_spans(layout: Layout, experts: nn.ModuleDict, fused: bool = False) -> list[Span]:
     """Rows of each expert. Every expert is named, with an empty span if need be: FSDP needs its gradients."""
     b0, nv, b1, total = layout.plan.cuts
     if "fusion" in experts:
+        b0, b1 = (0, total) if fused else (b0, b1)
         return [("vision", 0, b0), ("fusion", b0, b1), ("language", b1, total)]
     if "language" in experts:
         return [("vision", 0, nv), ("language", nv, total)]
@@ -116,50 +140,13 @@ def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _scaled(branch: Tensor, keep: Tensor | None, which: int, layout: Layout) -> Tensor:
-    """Stochastic depth: scale the branch of every sequence."""
+def _scaled(branch: Tensor, scale: Tensor | None, keep: Tensor | None, which: int, layout: Layout) -> Tensor:
+    """LayerScale, and stochastic depth: the branch of every sequence is scaled."""
+    if scale is not None:
+        branch = branch * scale.to(branch.dtype)
     if keep is None:
         return branch
     return branch * keep[which].to(branch.dtype)[layout.row_sequence, None]
-
-
-class VisionEmbedding(nn.Module):
-    """Patches to tokens, with class token, mask token and learned positions."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d = config.width
-        self.patch_px = config.patch_px
-        self.proj = nn.Linear(config.channels * config.patch_px**2, d)
-        self.cls_token = nn.Parameter(torch.empty(d))
-        self.mask_token = nn.Parameter(torch.empty(d))
-        self.position = nn.Parameter(torch.empty(1 + config.patches, d))
-
-    def forward(self, pixels: Tensor, mask: Tensor | None) -> Tensor:
-        """(n, C, H, W) normalised pixels and (n, N) bool mask to (n, P, d)."""
-        n, channels, height, width = pixels.shape
-        p = self.patch_px
-        x = pixels.reshape(n, channels, height // p, p, width // p, p)
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(n, (height // p) * (width // p), channels * p * p)
-        x = self.proj(x.to(self.proj.weight.dtype))
-        if mask is not None:
-            x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
-        cls = self.cls_token.to(x.dtype).expand(n, 1, -1)
-        return torch.cat([cls, x], dim=1) + self.position.to(x.dtype)
-
-
-class TextEmbedding(nn.Module):
-    """Ids to tokens, with learned positions."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.token = nn.Embedding(config.vocabulary, config.width)
-        self.position = nn.Embedding(config.text_tokens, config.width)
-
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """(rows,) ids and their positions to (rows, d)."""
-        tokens: Tensor = self.token(ids) + self.position(positions)
-        return tokens
 
 
 @dataclass(frozen=True)
@@ -175,6 +162,31 @@ class Packed:
     """(rows of C and D,) int64."""
     keep: Tensor | None = None
     """(layers, 2, S) scale of every branch of every sequence: stochastic depth."""
+    picture_types: Tensor | None = None
+    """(images + pairs,) row of ``token_types`` of every picture; 1 without."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the model makes of a packed batch: what tasks and heads read."""
+
+    model: "Multiway"
+    packed: Packed
+    rows: Tensor
+    """X [T, d] after the last block and the final norm, if there is one."""
+    last: Tensor
+    """X [T, d] after the last block, before the final norm."""
+    inner: Mapping[int, Tensor] = field(default_factory=dict)
+    """X [T, d] after that many blocks, for the depths that were asked for."""
+
+    def fused(self) -> Tensor:
+        """X [T, d] when every sequence leaves for the vision-language experts where they begin (VLMo's ITC).
+
+        Needs the depth ``config.first_fusion``.
+        """
+        first = self.model.config.first_fusion
+        x = self.model.through(self.inner[first], self.packed, range(first, self.model.config.layers), True)
+        return self.model.final(x, self.packed.layout)
 
 
 class Multiway(nn.Module):
@@ -185,36 +197,125 @@ class Multiway(nn.Module):
         self.config = config
         self.vision_embed = VisionEmbedding(config)
         self.text_embed = TextEmbedding(config) if config.vocabulary else None
+        self.token_type = nn.Embedding(config.token_types, config.width) if config.token_types else None
+        self.relative = RelativeBias(config) if config.position == "relative-shared" else None
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
-        branches = ["shared"] if config.attention == "shared" else ["vision", "language"]
+        modalities = ["vision", "language"] if config.vocabulary else ["vision"]
+        branches = ["shared"] if config.attention == "shared" else modalities
+        if not config.final_norm:
+            branches = []
         self.norm = nn.ModuleDict({name: nn.LayerNorm(config.width, config.norm_eps) for name in branches})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.vision_embed.cls_token.device
+
+    def layout(self, plan: BatchPlan) -> Layout:
+        """The index tensors of a plan for this model, on its device."""
+        return Layout.of(plan, self.config, self.device)
 
     def embed(self, packed: Packed) -> Tensor:
         """Tokens of both modalities, X [T, d]."""
-        x: Tensor = self.vision_embed(packed.pixels, packed.image_mask).flatten(0, 1)
+        x: Tensor = self.vision_embed(packed.pixels, packed.image_mask)
+        if self.token_type is not None:
+            types = packed.picture_types
+            types = torch.ones(len(x), dtype=torch.int64, device=x.device) if types is None else types
+            x = x + self.token_type(types)[:, None]
+        x = x.flatten(0, 1)
         if self.text_embed is None:
             return x
         ids = packed.ids if packed.ids is not None else packed.layout.text_positions[:0]
-        return torch.cat([x, self.text_embed(ids, packed.layout.text_positions)])
+        text: Tensor = self.text_embed(ids, packed.layout.text_positions)
+        if self.token_type is not None:
+            text = text + self.token_type(torch.zeros_like(ids))
+        return torch.cat([x, text.to(x.dtype)])
+
+    def through(
+        self, x: Tensor, packed: Packed, blocks: Iterable[int], fused: bool = False,
+        inner: dict[int, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Map X [T, d] through some blocks; ``inner`` gets the rows after each depth that it has a key
+        for.
+        """
+        biases = None if self.relative is None else self.relative(packed.layout)
+        for index in blocks:
+            keep = None if packed.keep is None else packed.keep[index]
+            x = self.blocks[index](x, packed.layout, keep, biases, fused)
+            if inner is not None and index + 1 in inner:
+                inner[index + 1] = x
+        return x
+
+    def final(self, x: Tensor, layout: Layout) -> Tensor:
+        """The final norm of X [T, d], or X itself if there is none."""
+        if not self.config.final_norm:
+            return x
+        return _cat([self.norm[name](x[a:b]) for name, a, b in attention_spans(layout, self.norm)])
+
+    def encoded(self, packed: Packed, depths: Iterable[int] = ()) -> Encoded:
+        """Encode a packed batch; the rows after ``depths`` blocks are kept besides the last."""
+        x = self.embed(packed)
+        inner = dict.fromkeys(depths, x)
+        last = self.through(x, packed, range(self.config.layers), inner=inner)
+        return Encoded(self, packed, self.final(last, packed.layout), last, inner)
 
     def encode(self, packed: Packed, depth: int | None = None) -> Tensor:
-        """Encode a packed batch: X [T, d] after the final norm, in the rows of its plan.
-
-        With ``depth``, the output of that many blocks instead, without the final norm.
-        """
-        x = self.embed(packed)
-        for index, block in enumerate(self.blocks[:depth]):
-            x = block(x, packed.layout, None if packed.keep is None else packed.keep[index])
-        if depth is not None:
-            return x
-        spans = attention_spans(packed.layout, self.norm)
-        return _cat([self.norm[name](x[a:b]) for name, a, b in spans])
+        """X [T, d] after the final norm, or with ``depth`` the output of that many blocks without it."""
+        if depth is None:
+            return self.encoded(packed).rows
+        return self.through(self.embed(packed), packed, range(self.config.layers)[:depth])
 
     def patches(self, images: Tensor, depth: int | None = None) -> Tensor:
         """Patch tokens of (B, C, H, W), the class token dropped: (B, N, d); ``depth`` as of ``encode``."""
-        tokens = self.config.patches + 1
-        layout = Layout.of(plan_of(tokens, len(images), [], []), images.device)
-        return self.encode(Packed(layout, images), depth).view(len(images), tokens, -1)[:, 1:]
+        tokens = self.config.picture_tokens
+        layout = self.layout(plan_of(tokens, len(images), [], []))
+        return self.encode(Packed(layout, images), depth).view(len(images), tokens, -1)[
+            :, self.config.prefix :
+        ]
+
+    def pack(
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        text_pad: Tensor | None = None,
+        *,
+        dual: bool = False,
+        causal_text: bool = False,
+        second: bool = False,
+    ) -> tuple[Packed, Tensor | None]:
+        """Padded tensors, as of ``forward``, to a packed batch, and (B, S) bool of the text's real tokens.
+
+        With both, every picture and its text become one sequence; with ``dual`` two. ``causal_text``: text
+        sees its picture and earlier text alone (captioning). ``second``: the pictures are NLVR2's second
+        ones.
+
+        Raises:
+            ValueError: nothing is given, or text to a model without a language branch.
+        """
+        if image is None and text is None:
+            raise ValueError("give image, text or both")
+        if text is not None and self.text_embed is None:
+            raise ValueError("this model has no language branch: its vocabulary is 0")
+        real, ids, lengths = unpadded(text, text_pad)
+        count = 0 if image is None else len(image)
+        joint = image is not None and text is not None and not dual
+        if joint and count != len(lengths):
+            raise ValueError(f"{count} pictures and {len(lengths)} texts do not make pairs")
+        if max(lengths, default=0) > self.config.text_tokens:
+            raise ValueError(f"a text has {max(lengths)} tokens, this model reads {self.config.text_tokens}")
+        plan = BatchPlan(
+            self.config.picture_tokens,
+            0 if joint else count,
+            tuple(lengths) if joint else (),
+            () if joint else tuple(lengths),
+            causal_text,
+        )
+        if image is None:
+            empty = (0, self.config.channels, *self.config.size)
+            image, image_mask = self.vision_embed.cls_token.new_zeros(empty), None
+        types = torch.full((len(image),), 2, device=image.device) if second else None
+        return Packed(self.layout(plan), image, image_mask, ids, picture_types=types), real
 
     def forward(
         self,
@@ -234,29 +335,24 @@ class Multiway(nn.Module):
 
         Returns:
             (B, P, d) for pictures, (B, S, d) for texts, (B, P + S, d) for pairs; zeros at padding.
+
+        Raises:
+            ValueError: sizes or lengths that the model does not read.
         """
-        if image is None and text is None:
-            raise ValueError("give image, text or both")
-        if text is not None and self.text_embed is None:
-            raise ValueError("this model has no language branch: its vocabulary is 0")
-        token = self.config.patches + 1
-        real, ids, lengths = unpadded(text, text_pad)
-        images = 0 if image is None or text is not None else len(image)
-        pairs, texts = (lengths, []) if image is not None else ([], lengths)
-        device = self.vision_embed.position.device
-        layout = Layout.of(plan_of(token, images, pairs, texts), device)
-        if image is None:
-            side = self.config.image_px
-            image = self.vision_embed.position.new_zeros(0, self.config.channels, side, side)
-            image_mask = None
-        rows = self.encode(Packed(layout, image, image_mask, ids))
-        nv = layout.plan.cuts[1]
-        seen = rows[:nv].view(len(image), token, self.config.width)
+        packed, real = self.pack(image, text, image_mask, text_pad)
+        return self.unpack(self.encode(packed), packed, real)
+
+    def unpack(self, rows: Tensor, packed: Packed, real: Tensor | None) -> Tensor:
+        """Rows of what ``pack`` made, padded again, as ``forward`` gives them."""
+        nv, count = packed.layout.plan.cuts[1], len(packed.pixels)
+        seen = rows[:nv].view(count, self.config.picture_tokens, rows.shape[1])
         if real is None:
             return seen
         read = rows.new_zeros(*real.shape, rows.shape[1])
         read[real] = rows[nv:]
-        return read if not len(image) else torch.cat([seen, read], dim=1)
+        if not count:
+            return read
+        return torch.cat([read, seen] if self.config.text_first else [seen, read], dim=1)
 
 
 def unpadded(text: Tensor | None, text_pad: Tensor | None) -> tuple[Tensor | None, Tensor | None, list[int]]:

@@ -26,13 +26,15 @@ class BatchPlan:
     """Counts and lengths of a batch, and every index that follows from them."""
 
     picture_tokens: int
-    """P: tokens of one picture, the class token included."""
+    """P: tokens of one picture: class token (DeiT: and distillation token), then patches."""
     images: int
     """Pictures without text."""
     pair_lengths: tuple[int, ...] = ()
     """Text tokens of each pair."""
     text_lengths: tuple[int, ...] = ()
     """Tokens of each text without a picture."""
+    causal_text: bool = False
+    """Captioning: in pairs, text sees the picture and earlier text, the picture sees no text."""
 
     @property
     def pairs(self) -> int:
@@ -106,26 +108,26 @@ class BatchPlan:
         return found
 
     @cached_property
-    def grids(self) -> list[Ints]:
-        """Rows to padded grids, one (S, M) for images, one for pairs, one for texts; -1 at padding.
+    def grids(self) -> list[tuple[str, Ints]]:
+        """Rows to padded grids, one (S, M) for each kind: image, pair, text; -1 at padding.
 
         One grid for all would pad every sequence to the longest pair.
         """
         ends = np.cumsum([self.images, self.pairs, len(self.text_lengths)])
         grids = []
-        for first, last in zip([0, *ends[:-1]], ends, strict=True):
+        for kind, first, last in zip(("image", "pair", "text"), [0, *ends[:-1]], ends, strict=True):
             lengths = self.lengths[first:last]
             grid = np.full((len(lengths), int(lengths.max(initial=0))), -1, dtype=np.int64)
             filled = np.arange(grid.shape[1])[None, :] < lengths[:, None]
             grid[filled] = self.perm[self.cu_seqlens[first] : self.cu_seqlens[last]]
             if len(lengths):
-                grids.append(grid)
+                grids.append((kind, grid))
         return grids
 
     @cached_property
     def slots(self) -> Ints:
         """(T,) place of each row in the grids, flattened one after the other."""
-        flat = np.concatenate([np.zeros(0, np.int64), *(grid.ravel() for grid in self.grids)])
+        flat = np.concatenate([np.zeros(0, np.int64), *(grid.ravel() for _, grid in self.grids)])
         slots = np.empty(self.tokens, dtype=np.int64)
         slots[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
         return slots

@@ -177,8 +177,7 @@ class VQKDModel(nn.Module):
 
     def _decoded(self, z: Tensor) -> Tensor:
         """(B, N, D) codes to features (B, N, F)."""
-        grid = self.decoder.config.grid
-        maps = z.transpose(1, 2).reshape(len(z), -1, grid, grid)
+        maps = z.transpose(1, 2).reshape(len(z), -1, *self.decoder.config.grid)
         features: Tensor = self.to_feature(self.decoder.patches(maps))
         return features
 
@@ -197,7 +196,7 @@ def decoder_config(encoder: ModelConfig, layers: int, code_width: int) -> ModelC
     return ModelConfig(
         layers=layers, width=encoder.width, heads=encoder.heads, ffn=encoder.ffn, image_px=encoder.grid,
         patch_px=1, channels=code_width, norm=encoder.norm, key_bias=encoder.key_bias,
-        norm_eps=encoder.norm_eps, init=encoder.init,
+        norm_eps=encoder.norm_eps, mask_token=False, init=encoder.init,
     )  # fmt: skip
 
 
