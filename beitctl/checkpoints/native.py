@@ -1,31 +1,30 @@
 """beitctl's own model files: ``model.safetensors`` with ``config.json``, and the text tokenizer beside them.
 
-Only tensors and JSON are ever read.
+Only tensors and JSON are ever read. ``beitctl.checkpoints.loading`` reads other libraries' files as well.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beitctl import registry
-from beitctl.api import Tools
+from beitctl.checkpoints.files import read_tensors
 from beitctl.config import ModelConfig
 from beitctl.errors import DataError, UserError
-from beitctl.model.attention import Layout
-from beitctl.model.multiway import Multiway, Packed, unpadded
-from beitctl.model.plan import plan_of
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
+TOKENIZER_FILES = {"encode_task_layer.0.weight": "vqkd", "blocks.input.w": "dalle"}
+"""A tensor of the files of other libraries' image tokenizers, and the plugin that reads them."""
+UNREAD = "unread."
+"""Begins the names of tensors that are kept and not read."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class Stored:
     task: dict[str, Any] | None = None
     """Table of the task whose heads the file holds."""
     labels: tuple[str, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)
+    unread: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of the file of another library that no model reads, kept for the way back."""
 
     def open_task(self) -> Any:
         """The task plugin, or None."""
@@ -62,10 +62,12 @@ def save_model(
     task: Mapping[str, Any] | None = None,
     labels: Sequence[str] = (),
     tokenizer: Any = None,
+    unread: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model with its configuration, so that the folder needs nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
+    whole = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
+    whole |= {UNREAD + name: value.cpu().contiguous() for name, value in (unread or {}).items()}
     save_file(whole, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
     (folder / f"{WEIGHTS}.tmp").replace(folder / WEIGHTS)
     note = {
@@ -78,6 +80,14 @@ def save_model(
     (folder / CONFIG).write_text(json.dumps(note, indent=1))
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer")
+
+
+def is_native(path: Path) -> bool:
+    """Whether a path is one of beitctl's own models, or a folder that should hold one and does not."""
+    for folder in (path.parent if path.name == WEIGHTS else path, path / "weights"):
+        if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
+            return '"library": "beitctl"' in (folder / CONFIG).read_text(errors="replace")
+    return False
 
 
 def find_model(path: Path) -> Path:
@@ -109,10 +119,15 @@ def read_model(path: Path | str) -> Stored:
     if version != FORMAT:
         raise DataError(f"{folder / CONFIG}: format {version!r}, this beitctl reads {FORMAT}")
     try:
+        unread = {
+            name.removeprefix(UNREAD): tensors.pop(name) for name in list(tensors) if name.startswith(UNREAD)
+        }
         strange = sorted(set(note["model"]) - {item.name for item in fields(ModelConfig)})
         if strange:
             raise DataError(f"{folder / CONFIG}: unknown model settings {', '.join(strange)}; update beitctl")
-        return Stored(folder, ModelConfig(**note["model"]), tensors, note["task"], tuple(note["labels"]))
+        return Stored(
+            folder, ModelConfig(**note["model"]), tensors, note["task"], tuple(note["labels"]), unread
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / CONFIG}: damaged ({error}); copy or export it again") from error
 
@@ -137,83 +152,51 @@ def fit(tensors: Mapping[str, Tensor], module: nn.Module, prefix: str, origin: P
     module.load_state_dict(mine)
 
 
-class TaskModel(nn.Module):
-    """A Multiway Transformer with the head of one task; ``forward`` gives the task's output."""
-
-    def __init__(self, model: Multiway, heads: nn.ModuleDict, task: Any) -> None:
-        super().__init__()
-        self.model, self.heads, self.task = model, heads, task
-
-    def forward(
-        self,
-        image: Tensor | None = None,
-        text: Tensor | None = None,
-        *,
-        image_mask: Tensor | None = None,
-        text_pad: Tensor | None = None,
-    ) -> Any:
-        """The task's output for pictures (B, 3, H, W) and texts (B, S); arguments of ``Multiway.forward``."""
-        config, device = self.model.config, self.model.vision_embed.position.device
-        if image is None or (self.task.layout == "dual" and text is None):
-            wanted = "image and text" if self.task.layout == "dual" else "image"
-            raise ValueError(f"this task needs {wanted}")
-        _, ids, lengths = unpadded(text, text_pad)
-        dual = self.task.layout == "dual"
-        plan = plan_of(
-            config.patches + 1,
-            len(image) if dual or text is None else 0,
-            [] if dual else lengths,
-            lengths if dual else [],
-        )
-        rows = self.model.encode(Packed(Layout.of(plan, device), image, image_mask, ids))
-        group: Any = SimpleNamespace(
-            picture_rows=torch.from_numpy(plan.image_rows(0, len(image))).to(device),
-            text_first=torch.from_numpy(plan.text_starts.copy()).to(device),
-        )
-        return self.task.output(rows, group, self.heads)
-
-
-def load_model(path: str | Path, **settings: Any) -> nn.Module:
-    """Load a model in eval mode: a ``Multiway``, or with the head of a task a module that gives its output.
+def load_tokenizer(path: str | Path, *, heads: int | None = None) -> Any:
+    """Load a text or image tokenizer from its folder, a run folder, or the file of another library.
 
     Args:
-        path: a run folder, its ``weights`` folder, or a ``.safetensors`` file with ``config.json`` beside it.
-        **settings: overrides of ``ModelConfig`` fields.
-
-    Raises:
-        DataError: the file cannot be read or does not fit.
-        UserError: a setting that does not exist.
-    """
-    stored = read_model(path)
-    unknown = sorted(set(settings) - {item.name for item in fields(ModelConfig)})
-    if unknown:
-        raise UserError(f"load_model: unknown settings {', '.join(unknown)}")
-    config = ModelConfig(**(asdict(stored.model) | settings))
-    model = Multiway(config)
-    fit(stored.tensors, model, "model.", stored.folder)
-    task = stored.open_task()
-    if task is None:
-        return model.eval()
-    heads = nn.ModuleDict(task.heads(Tools(config, labels=stored.labels)))
-    fit(stored.tensors, heads, "heads.", stored.folder)
-    return TaskModel(model, heads, task).eval()
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """Load a text or image tokenizer from its folder, a run folder, or a bare SentencePiece file.
+        path: a folder; a SentencePiece model ``.spm`` or ``.model``; a file of BEiT v2's VQ-KD or of OpenAI's
+            DALL-E encoder, told apart by the names in it.
+        heads: attention heads of a VQ-KD file, which does not say them; by default 64 channels each.
 
     Raises:
         DataError: there is no tokenizer, or it cannot be read.
+        UserError: ``heads`` does not fit, or is given for another tokenizer.
     """
     path = Path(path)
-    if path.is_file() and path.suffix in (".spm", ".model"):
-        return registry.get("beitctl.tokenizers", "sentencepiece").load(path)
+    kind, place = _tokenizer_at(path)
+    load = registry.get("beitctl.tokenizers", kind).load
+    if heads is None:
+        return load(place)
+    if kind != "vqkd":
+        raise UserError(f"{path}: heads={heads} is a setting of VQ-KD files alone, this is '{kind}'")
+    return load(place, heads)
+
+
+def _tokenizer_at(path: Path) -> tuple[str, Path]:
+    """Kind of the tokenizer that a path means, and the file or folder to load."""
+    if path.is_file():
+        return _kind_of_file(path), path
     for folder in (path, path / "tokenizer", path / "weights" / "tokenizer"):
         note = folder / "tokenizer.json"
         if note.is_file():
             try:
-                kind = json.loads(note.read_text())["kind"]
+                return json.loads(note.read_text())["kind"], folder
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{note}: not the note of a tokenizer ({error})") from error
-            return registry.get("beitctl.tokenizers", kind).load(folder)
     raise DataError(f"{path}: no tokenizer here; expected tokenizer.json in it or in its folder tokenizer/")
+
+
+def _kind_of_file(path: Path) -> str:
+    if path.suffix in (".spm", ".model"):
+        return "sentencepiece"
+    state = read_tensors(path)
+    for name, kind in TOKENIZER_FILES.items():
+        if name in state:
+            return kind
+    shown = ", ".join(sorted(state)[:4])
+    raise DataError(
+        f"{path}: not the file of a tokenizer that beitctl knows ({len(state)} tensors: {shown} ...); it "
+        "reads SentencePiece (.spm, .model), VQ-KD and DALL-E's encoder, its own tokenizers by their folder"
+    )
