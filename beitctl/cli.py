@@ -100,6 +100,9 @@ SetOption = Annotated[
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to work in.")]
 GpusOption = Annotated[int, typer.Option("--gpus", metavar="N", help="Processes to start, one per GPU.")]
+SmokeOption = Annotated[
+    bool, typer.Option("--smoke", help="Try it out: toy sizes, a few steps, data that come with beitctl.")
+]
 DryOption = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
 ]
@@ -193,11 +196,12 @@ def _stage_command(label: str) -> Any:
             str | None,
             typer.Option("--only", metavar="NAME", help="The one table to run, of several of this stage."),
         ] = None,
+        smoke: SmokeOption = False,
         dry_run: DryOption = False,
         as_json: JsonOption = False,
     ) -> None:
         catalog.plugin(STAGES, name)
-        found, keys = _stage_tables(name, recipe, settings, only)
+        found, keys = _stage_tables(name, recipe, settings, only, smoke=smoke)
         if out is not None and len(keys) > 1:
             raise UserError(
                 f"--out names one folder, but {found.name} has {', '.join(keys)}; choose one with --only"
@@ -214,10 +218,20 @@ def _stage_command(label: str) -> Any:
 
 
 def _stage_tables(
-    stage: str, recipe: str | None, settings: Sequence[str], only: str | None
+    stage: str, recipe: str | None, settings: Sequence[str], only: str | None, *, smoke: bool
 ) -> tuple["Recipe", list[str]]:
-    """The recipe, and the keys of its tables of a stage that are to run."""
-    found = _load(recipe, settings, stage)
+    """The recipe, at toy size if asked for, and the keys of its tables of a stage that are to run."""
+    found = _load(recipe, [] if smoke else settings, stage)
+    keys = _chosen(found, stage, only)
+    if smoke:
+        from beitctl.smoke import shrunk
+
+        found = shrunk(found, stage, keys, settings)
+    return found, keys
+
+
+def _chosen(found: "Recipe", stage: str, only: str | None) -> list[str]:
+    """Keys of the tables of a stage, or the one that ``--only`` names."""
     keys = [key for key, table in found.tables.items() if table.stage == stage]
     if not keys:
         there = ", ".join(found.tables)
@@ -225,12 +239,12 @@ def _stage_tables(
             f"{found.path} has no table [{stage}]; it has {there}. Add one, or use another recipe"
         )
     if only is None:
-        return found, keys
+        return keys
     chosen = [key for key in keys if only in (key, key.partition(".")[2])]
     if not chosen:
         names = ", ".join(key.partition(".")[2] or key for key in keys)
         raise UserError(f"--only {only}: {found.name} has no such table of {stage}; it has {names}")
-    return found, chosen
+    return chosen
 
 
 def _load(name: str | None, settings: Sequence[str], stage: str | None = None) -> "Recipe":

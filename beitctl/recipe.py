@@ -89,12 +89,20 @@ def load(name_or_path: str | None, overrides: Sequence[str] = (), *, stage: str 
     """
     path = _default() if name_or_path is None else find(name_or_path)
     text = _read(path)
-    draft = Draft(path, _parsed(text, path), places(text))
+    return build(Draft(path, _parsed(text, path), places(text)), text, overrides, stage=stage)
+
+
+def build(draft: Draft, text: str, overrides: Sequence[str] = (), *, stage: str | None = None) -> Recipe:
+    """The recipe that a draft becomes: as ``load``, for data that are read already.
+
+    Raises:
+        RecipeError: every problem there is, one line each.
+    """
     for override in overrides:
         draft.override(override, stage)
     tables, meta, summary = _checked(draft)
     draft.raise_problems()
-    return Recipe(path.stem, path, text, tables, meta, summary)
+    return Recipe(draft.path.stem, draft.path, text, tables, meta, summary)
 
 
 def names() -> list[str]:
@@ -120,6 +128,18 @@ def find(name: str) -> Path:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f", did you mean '{close[0]}'?" if close else "."
     raise UserError(f"no recipe '{name}'{hint} There are {', '.join(known) or 'none'}; a file ends in .toml")
+
+
+def bundled(name: str) -> Path:
+    """File of a recipe that comes with beitctl, whatever else has its name."""
+    return _bundled() / f"{name}.toml"
+
+
+def references(table: Any, keys: Keys = ()) -> Iterator[tuple[Keys, str]]:
+    """Where a plain table says ``"@KEY"``, and the key of the table that it refers to."""
+    for place, text in _texts(table, keys):
+        if text.startswith("@"):
+            yield place, text[1:]
 
 
 def schema() -> dict[str, Any]:
@@ -272,10 +292,8 @@ def _validated(draft: Draft, key: Keys, stage: str) -> Stage | None:
 def _references(draft: Draft, key: Keys, known: list[str], number: int) -> tuple[str, ...]:
     """Keys of the tables that a table refers to; they must come before it, the ``number``-th of ``known``."""
     found: dict[str, None] = {}
-    for keys, value in _texts(_value(draft.data, key), key):
-        name = value[1:]
-        if not value.startswith("@"):
-            continue
+    for keys, name in references(_value(draft.data, key), key):
+        value = f"@{name}"
         if name in known[:number]:
             found[name] = None
         elif name in known:

@@ -68,7 +68,7 @@ class Eval(Plugin):
 
     def run(self, job: Job) -> Mapping[str, Any]:
         """Measure, then check what is required."""
-        from beitctl.checkpoints.native import read_model
+        from beitctl.checkpoints.loading import read_model
         from beitctl.engine import dist
 
         ranks = dist.start()
@@ -128,7 +128,7 @@ class Eval(Plugin):
         import numpy as np
         import torch
 
-        from beitctl.engine.learner import HALF, normalise
+        from beitctl.engine.learner import PIXELS, normalise
         from beitctl.errors import DataError
         from beitctl_plugins.tasks.preparing import view_of
 
@@ -146,11 +146,10 @@ class Eval(Plugin):
         if not labels:
             raise DataError("no labelled picture to measure k-NN with")
         for start in range(0, len(rows), 64):
-            pixels = torch.from_numpy(np.stack(rows[start : start + 64])).to(
-                model.vision_embed.position.device
-            )
+            pixels = torch.from_numpy(np.stack(rows[start : start + 64])).to(model.device)
+            pixels = normalise(pixels, PIXELS[stored.model.pixels])
             with torch.no_grad():
-                found.append(model.patches(normalise(pixels, HALF), self.depth or _middle(model)).mean(1))
+                found.append(model.patches(pixels, self.depth or _middle(model)).mean(1))
         return torch.nn.functional.normalize(torch.cat(found), dim=-1), labels
 
     def _zero_shot(self, stored: "Stored", job: Job, device: "torch.device") -> dict[str, float]:

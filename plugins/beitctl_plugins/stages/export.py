@@ -30,7 +30,8 @@ class Export(Plugin):
 
     def run(self, job: Job) -> Mapping[str, Any]:
         """Write ``export/``, load it again, compare outputs on random inputs."""
-        from beitctl.checkpoints.native import load_model, read_model, save_model
+        from beitctl.checkpoints.loading import load_model, read_model
+        from beitctl.checkpoints.native import save_model
         from beitctl.engine import dist
 
         ranks = dist.start()
@@ -41,7 +42,7 @@ class Export(Plugin):
         folder = job.folder / "export"
         save_model(
             folder, stored.tensors, stored.model, task=stored.task, labels=stored.labels,
-            tokenizer=stored.text_tokenizer(),
+            tokenizer=stored.text_tokenizer(), unread=stored.unread,
         )  # fmt: skip
         before, after = load_model(stored.folder), load_model(folder)
         difference = max(
@@ -63,13 +64,16 @@ def _probe(model: Any, config: Any) -> "list[torch.Tensor]":
     """Outputs of a model on fixed random pictures, and texts where it reads them."""
     import torch
 
+    from beitctl.checkpoints.models import ClassificationModel, ReasoningModel
+
     generator = torch.Generator().manual_seed(0)
-    side = config.image_px
-    image = torch.randn(PROBES, config.channels, side, side, generator=generator)
+    image = torch.randn(PROBES, config.channels, *config.size, generator=generator)
     text = None
     if config.vocabulary:
         text = torch.randint(4, config.vocabulary, (PROBES, config.text_tokens), generator=generator)
+    alone = text is None or getattr(getattr(model, "task", None), "layout", "") == "image"
+    more = {"image2": image.flip(0)} if isinstance(model, ReasoningModel) else {}
     with torch.no_grad():
-        alone = getattr(getattr(model, "task", None), "layout", "") == "image"
-        out = model(image) if text is None or alone else model(image, text)
-    return list(out) if isinstance(out, tuple) else [out]
+        out = model(image) if alone or isinstance(model, ClassificationModel) else model(image, text, **more)
+    found = list(out.values()) if isinstance(out, dict) else out
+    return list(found) if isinstance(found, (tuple, list)) else [found]

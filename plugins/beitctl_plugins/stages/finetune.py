@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import Field
 
+from beitctl import registry
 from beitctl.api import FinetuneTask, Job, Plugin, SourceField, TaskField, Tools
-from beitctl.config import TrainConfig
+from beitctl.config import ModelConfig, TrainConfig
 from beitctl.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class Finetune(Plugin):
     """The training loop."""
     from_scratch: bool = False
     """Take only the model's shape from ``init`` and begin with random weights: the control experiment."""
+    init_settings: dict[str, Any] = Field(default_factory=dict)
+    """What the file of ``init`` does not say, such as ``{ heads = 12 }``."""
+    image_px: int = Field(default=0, ge=0)
+    """Side of the picture in pixels; 0: as pretrained. Positions are resampled."""
     drop_path: float | None = Field(default=None, ge=0, lt=1)
     """Stochastic depth while fine-tuning; by default that of the pretrained model."""
     seeds: list[int] = Field(default=[0], min_length=1)
@@ -56,13 +61,14 @@ class Finetune(Plugin):
 
     def run(self, job: Job) -> Mapping[str, Any]:
         """Train once per seed, write the weights of the first, average the metrics of all."""
-        from beitctl.checkpoints.native import read_model
+        from beitctl.checkpoints.loading import read_model
         from beitctl.engine import dist
+        from beitctl_plugins.stages import shared
 
         self._measured()
         ranks = dist.start()
-        stored = read_model(job.path(self.init))
-        self._check_share(ranks)
+        stored = read_model(job.path(self.init), self.init_settings)
+        shared.check_share("samples", self.task, self.samples, self.train.micro_samples, ranks)
         found = [
             self._once(stored, seed, first=index == 0, ranks=ranks, job=job)
             for index, seed in enumerate(self.seeds)
@@ -74,36 +80,47 @@ class Finetune(Plugin):
         """The task, which must be one that can measure a model."""
         if not callable(getattr(self.task, "score", None)):
             raise UserError(
-                f"{_kind(self.task)} is for pretraining: it has no score() to measure a fine-tuned model "
+                f"{self._kind()} is for pretraining: it has no score() to measure a fine-tuned model "
                 "with; use classification or retrieval"
             )
         return cast("FinetuneTask", self.task)
 
-    def _check_share(self, ranks: "Ranks") -> None:
-        """Contrastive losses compare all samples of a forward pass, on equal shares."""
-        if self.task.layout != "dual":
-            return
-        if self.samples % ranks.world or self.train.micro_samples:
-            raise UserError(
-                f"a contrastive task needs samples ({self.samples}) to be a multiple of the {ranks.world} "
-                "ranks and no accumulation (micro_samples = 0): it compares all samples of one pass"
-            )
+    def _kind(self) -> str:
+        return registry.name_of("beitctl.tasks", type(self.task))
+
+    def _config(self, model: ModelConfig) -> ModelConfig:
+        """The model that is fine-tuned: relative positions of each block's own, and what the task asks
+        for.
+        """
+        changed: dict[str, Any] = {} if self.drop_path is None else {"drop_path": self.drop_path}
+        if self.image_px:
+            changed["image_px"] = self.image_px
+        if model.position == "relative-shared":
+            changed["position"] = "relative-per-block"
+        fitted = getattr(self.task, "fitted", None)
+        try:
+            model = replace(model, **changed)
+            return cast("ModelConfig", fitted(model)) if callable(fitted) else model
+        except ValueError as error:
+            raise UserError(f"the model of {self.init} cannot be fine-tuned so: {error}") from error
 
     def _once(
         self, stored: "Stored", seed: int, *, first: bool, ranks: "Ranks", job: Job
     ) -> Mapping[str, float]:
+        from beitctl.checkpoints.adapt import adapted
         from beitctl.data.loader import Stream
         from beitctl.engine.learner import Objective
         from beitctl.model.init import initial
         from beitctl_plugins.stages import shared
 
-        config = stored.model if self.drop_path is None else replace(stored.model, drop_path=self.drop_path)
+        config = self._config(stored.model)
+        weights = adapted(stored.tensors, stored.model, config)
         examples, tokenizer = self.source.open(), stored.text_tokenizer()
         labels = tuple(sorted({e.label for e in (examples[i] for i in range(len(examples))) if e.label}))
         tools = Tools(config, tokenizer, labels=labels, pictures=shared.pictures())
 
         def value(name: str, shape: Any) -> Any:
-            known = None if self.from_scratch else stored.tensors.get(name)
+            known = None if self.from_scratch else weights.get(name)
             usable = known is not None and known.shape == shape and name.startswith("model.")
             return known if usable else initial(name, shape, config, seed)
 
@@ -117,7 +134,10 @@ class Finetune(Plugin):
             folder=folder, name="" if first else f"seed-{seed}/",
         )  # fmt: skip
         if first:
-            table = {"kind": _kind(self.task), **self._measured().model_dump(mode="json")}
+            table = {
+                "kind": registry.name_of("beitctl.tasks", type(self.task)),
+                **self._measured().model_dump(mode="json"),
+            }
             shared.write_weights(
                 learner, job.folder / "weights", ranks, task=table, labels=labels, tokenizer=tokenizer
             )
@@ -137,12 +157,3 @@ class Finetune(Plugin):
         if first:
             task.draw(outputs, examples, fixed, job.log)
         return metrics
-
-
-def _kind(task: Any) -> str:
-    from beitctl import registry
-
-    for name in registry.names("beitctl.tasks"):
-        if registry.get("beitctl.tasks", name) is type(task):
-            return name
-    raise UserError(f"{type(task).__name__} is not an installed task")

@@ -1,6 +1,6 @@
 """The stage ``pretrain``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ from beitctl.api import Job, Plugin, SourceField, TaskField, Tools
 from beitctl.config import ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from beitctl.data.loader import StepData, Stream
     from beitctl.engine.dist import Ranks
     from beitctl.engine.learner import MultiwayLearner
@@ -34,7 +36,9 @@ class ObjectiveTable(Plugin):
 
 
 class Pretrain(Plugin):
-    """Pretrain a Multiway Transformer by masked data modelling on pictures, texts and pairs at once."""
+    """Pretrain a Multiway Transformer: masked data modelling and other objectives, all of them in every
+    step.
+    """
 
     model: ModelConfig
     """Shape of the model."""
@@ -48,6 +52,20 @@ class Pretrain(Plugin):
     """The token store with the image codes: ``@tokenize-images`` or a folder."""
     expect_codes: int = Field(default=8192, ge=2)
     """Codes of the image tokenizer, for the plan of a run whose token store does not exist yet."""
+    init: str = ""
+    """Weights to begin with: ``@pretrain.vision``, a folder or a file; what they have not begins at
+    random."""
+    init_settings: dict[str, Any] = Field(default_factory=dict)
+    """What the file of ``init`` does not say, such as ``{ heads = 12 }``."""
+    frozen: list[str] = Field(default_factory=list)
+    """Parts of names of parameters that are not trained, such as ``attention`` or ``ffn.vision``."""
+
+    @classmethod
+    def smoke(cls, table: Mapping[str, Any]) -> dict[str, Any]:
+        """A table of this stage at toy size, on the embedded data."""
+        from beitctl_plugins.stages import toy
+
+        return toy.pretraining(table)
 
     def plan(self) -> Mapping[str, Any]:
         """Parameters by part, the batch, and the data that the run reads."""
@@ -58,8 +76,8 @@ class Pretrain(Plugin):
         from beitctl.model.sizes import parameter_parts
 
         text: Any = _Planned(self.model.vocabulary)
-        codes: Any = _PlannedTokens(self.expect_codes, self.model.grid)
-        tools = Tools(self.model, text, codes)
+        codes: Any = _PlannedTokens(self.expect_codes, self.model.grid[0])
+        tools = Tools(self.model, text, codes, labels=self._planned_labels())
         with torch.device("meta"):
             learner = MultiwayLearner(
                 Multiway(self.model), self._objectives(), dict.fromkeys(self.objectives, tools)
@@ -69,10 +87,19 @@ class Pretrain(Plugin):
             "parameters": parameter_parts(learner.model, dict(learner.heads.items())),
             "batch": {name: table.samples for name, table in self.objectives.items()}
             | {"total": sum(table.samples for table in self.objectives.values())},
-            "tokens per picture": self.model.patches + 1,
+            "tokens per picture": self.model.picture_tokens,
             "steps": steps,
             "data": {name: self._need(table, steps) for name, table in self.objectives.items()},
         }
+
+    def _planned_labels(self) -> tuple[str, ...]:
+        """Stand-ins for the classes, as many as the source has, or two where it is not there yet."""
+        from beitctl.errors import DataError
+
+        try:
+            return self._labels()
+        except DataError:
+            return ("first", "second")
 
     @staticmethod
     def _need(table: ObjectiveTable, steps: int) -> Mapping[str, Any]:
@@ -97,20 +124,58 @@ class Pretrain(Plugin):
 
         ranks = dist.start()
         tokenizer = shared.open_text(job, self.text_tokenizer)
-        tools = Tools(self.model, tokenizer, shared.open_tokens(job, self.tokens), pictures=shared.pictures())
+        tokens, labels = shared.open_tokens(job, self.tokens), self._labels()
+        tools = Tools(self.model, tokenizer, tokens, labels=labels, pictures=shared.pictures())
+        for name, table in self.objectives.items():
+            shared.check_share(name, table.task, table.samples, self.train.micro_samples, ranks)
         streams = [self._stream(name, table, table.source, tools) for name, table in self.objectives.items()]
-        config, seed = self.model, self.train.seed
+        config, seed, known = self.model, self.train.seed, self._start(job)
+
+        def value(name: str, shape: Any) -> Any:
+            return known[name] if name in known else initial(name, shape, config, seed)
+
         learner = shared.build(
-            config,
-            self._objectives(),
-            dict.fromkeys(self.objectives, tools),
-            ranks,
-            self.train.precision,
-            lambda name, shape: initial(name, shape, config, seed),
-        )
+            config, self._objectives(), dict.fromkeys(self.objectives, tools), ranks, self.train.precision,
+            value, frozen=self.frozen,
+        )  # fmt: skip
+        if self.init:
+            shared.report_start(learner, known, job)
         data = shared.fit(learner, streams, self.train, ranks, job)
-        shared.write_weights(learner, job.folder / "weights", ranks, tokenizer=tokenizer)
+        shared.write_weights(
+            learner,
+            job.folder / "weights",
+            ranks,
+            task=self._task_table(),
+            labels=labels,
+            tokenizer=tokenizer,
+        )
         return self._measure(learner, tools, data, ranks, job)
+
+    def _start(self, job: Job) -> "dict[str, torch.Tensor]":
+        """The tensors of ``init``, adapted to this model; empty without one."""
+        from beitctl.checkpoints.adapt import adapted
+        from beitctl.checkpoints.loading import read_model
+
+        if not self.init:
+            return {}
+        stored = read_model(job.path(self.init), self.init_settings)
+        return adapted(stored.tensors, stored.model, self.model, grown=True)
+
+    def _labels(self) -> tuple[str, ...]:
+        """Classes of the sources of objectives that learn them."""
+        sources = [t.source for t in self.objectives.values() if getattr(t.task, "labelled", False)]
+        opened = [source.open() for source in sources]
+        return tuple(sorted({e.label for examples in opened for e in _each(examples) if e.label}))
+
+    def _task_table(self) -> dict[str, Any] | None:
+        """Table of the task whose heads the weights hold, if it is one that can be measured afterwards."""
+        from beitctl import registry
+
+        tasks = [table.task for table in self.objectives.values()]
+        if len(tasks) != 1 or not callable(getattr(tasks[0], "score", None)):
+            return None
+        kind = registry.name_of("beitctl.tasks", type(tasks[0]))
+        return {"kind": kind, **tasks[0].model_dump(mode="json")}  # type: ignore[attr-defined]
 
     def _objectives(self) -> list[Any]:
         from beitctl.engine.learner import Objective
@@ -137,11 +202,14 @@ class Pretrain(Plugin):
             for name, table in self.objectives.items()
         }
         items = {
-            name: (stream.task, [item for _, item in prepared(stream, self.train.seed, HELD_OUT_SAMPLES)])
+            name: (
+                stream.task,
+                _even(stream, prepared(stream, self.train.seed, HELD_OUT_SAMPLES), ranks),
+            )
             for name, stream in held.items()
         }
-        place = Place(ranks.rank, ranks.world)
-        found = evaluate(learner, batches(items, self.model, 64, place), ranks)
+        place, size = Place(ranks.rank, ranks.world), 64 + -64 % ranks.world
+        found = evaluate(learner, batches(items, self.model, size, place), ranks)
         job.log.evaluation("held out", self.train.steps, found)
         guesses = _most_frequent(data, learner)
         result: dict[str, Any] = {}
@@ -188,6 +256,18 @@ def _share_of(guess: int, term: str, items: Mapping[str, tuple[Any, Any]]) -> fl
     field = {"patch": "patch_targets", "text": "text_targets", "sample": "label"}[task.terms()[short].unit]
     targets = np.concatenate([np.atleast_1d(getattr(item, field)) for item in found])
     return float((targets[targets >= 0] == guess).mean())
+
+
+def _each(examples: Any) -> "Iterator[Any]":
+    return (examples[index] for index in range(len(examples)))
+
+
+def _even(stream: "Stream", prepared: "Iterator[tuple[Any, Any]]", ranks: "Ranks") -> list[Any]:
+    """Prepared items; of a contrastive task as many as share out evenly, because it compares all of a
+    batch.
+    """
+    items = [item for _, item in prepared]
+    return items[: len(items) - len(items) % ranks.world] if stream.task.layout == "dual" else items
 
 
 class _Planned:

@@ -49,13 +49,73 @@ def pictures() -> Pictures:
 
 def build(
     model: ModelConfig, objectives: Sequence[Objective], tools: Mapping[str, Tools], ranks: Ranks,
-    precision: str, initial: Initial,
+    precision: str, initial: Initial, *, frozen: Sequence[str] = (),
 ) -> MultiwayLearner:  # fmt: skip
-    """A sharded learner with its initial weights."""
-    learner: MultiwayLearner = sharded(
-        lambda: MultiwayLearner(Multiway(model), objectives, tools), ranks, precision, initial
-    )
+    """A sharded learner with its initial weights; parameters with one of ``frozen`` in their name stay.
+
+    Raises:
+        UserError: a part of a name that no parameter has, or that leaves nothing to train.
+    """
+
+    def make() -> MultiwayLearner:
+        learner = MultiwayLearner(Multiway(model), objectives, tools)
+        freeze(learner, frozen)
+        return learner
+
+    learner: MultiwayLearner = sharded(make, ranks, precision, initial)
     return learner
+
+
+def freeze(learner: MultiwayLearner, frozen: Sequence[str]) -> None:
+    """Switch training off for the parameters that have one of some parts in their name.
+
+    Raises:
+        UserError: a part of a name that no parameter has, or that leaves nothing to train.
+    """
+    names = dict(learner.named_parameters())
+    strange = [part for part in frozen if not any(part in name for name in names)]
+    if strange:
+        raise UserError(f"frozen: no parameter has {', '.join(map(repr, strange))} in its name")
+    for name, parameter in names.items():
+        if any(part in name for part in frozen):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise UserError("frozen: nothing is left to train")
+
+
+def report_start(learner: MultiwayLearner, known: Mapping[str, Tensor], job: Job) -> None:
+    """Say which parameters begin with given weights, which anew, and which weights found no place.
+
+    Raises:
+        UserError: not one of the weights fits.
+    """
+    shapes = {name: value.shape for name, value in learner.named_parameters()}
+    new = sorted(set(shapes) - set(known))
+    left = sorted(set(known) - set(shapes))
+    if len(new) == len(shapes):
+        raise UserError(f"init: none of its {len(known)} tensors belongs to this model")
+    parts = [f"{len(shapes) - len(new)} parameters begin with the weights of init"]
+    parts += [f"{len(names)} {text}: {_listed(names)}" for names, text in (
+        (new, "begin at random"), (left, "of its tensors are not used"),
+    ) if names]  # fmt: skip
+    job.log.note("; ".join(parts))
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
+
+
+def check_share(name: str, task: Any, samples: int, micro_samples: int, ranks: Ranks) -> None:
+    """Contrastive losses compare all samples of a forward pass, on equal shares.
+
+    Raises:
+        UserError: shares are not equal, or a step has several passes.
+    """
+    if task.layout == "dual" and (samples % ranks.world or micro_samples):
+        raise UserError(
+            f"{name}: a contrastive task needs samples ({samples}) to be a multiple of the {ranks.world} "
+            "ranks and no accumulation (micro_samples = 0): it compares all samples of one pass"
+        )
 
 
 def fit(

@@ -27,8 +27,10 @@ def reconstructions(
     config = learner.model.config
     items = {name: [item for _, item in prepared(stream, 0, SHOWN)] for name, stream in held.items()}
     portions = [Portion(name, stream.task.layout, items[name]) for name, stream in held.items()]
-    said = learner.outputs(collate(portions, config.image_px, config.patch_px).to(ranks.device))
+    said = learner.outputs(collate(portions, config).to(ranks.device))
     for name, stream in held.items():
+        if not isinstance(said[name], dict):
+            continue
         guesses = {unit: ids.cpu().numpy() for unit, ids in said[name].items()}
         if patches is not None and len(guesses.get("patch", ())):
             _pictures(name, items[name], guesses["patch"], patches, job)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from beitctl.api import Example, Tools
 from beitctl.checkpoints.native import Stored, fit
-from beitctl.engine.learner import HALF, normalise
+from beitctl.engine.learner import PIXELS, normalise
 from beitctl.errors import UserError
-from beitctl.model.attention import Layout
 from beitctl.model.multiway import Multiway, Packed
 from beitctl.model.plan import plan_of
 from beitctl_plugins.tasks.preparing import framed, loaded, view_of
@@ -41,7 +40,7 @@ def pair_scores(stored: Stored, examples: Sequence[Example], tools: Tools, devic
     fit(stored.tensors, head, "heads.text_tokens.", stored.folder)
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(np.stack([view_of(e, rng, tools, (1.0, 1.0)) for e in examples])).to(device)
-    pixels = normalise(pictures, HALF)
+    pixels = normalise(pictures, PIXELS[stored.model.pixels])
     tokenizer = loaded(tools)
     ids = [framed(tokenizer.encode(e.captions[0])[: stored.model.text_tokens - 2]) for e in examples]
     scores = torch.zeros(len(ids), len(ids))
@@ -66,9 +65,9 @@ def _likelihood(
         seen[hidden] = mask_id
         for start in range(0, len(pixels), CHUNK):
             part = pixels[start : start + CHUNK]
-            plan = plan_of(model.config.patches + 1, 0, [len(text)] * len(part), [])
+            plan = plan_of(model.config.picture_tokens, 0, [len(text)] * len(part), [])
             mask = torch.full((len(part), model.config.patches), blind, device=pixels.device)
-            packed = Packed(Layout.of(plan, pixels.device), part, mask, seen.repeat(len(part)))
+            packed = Packed(model.layout(plan), part, mask, seen.repeat(len(part)))
             rows = model.encode(packed)[plan.cuts[1] :].view(len(part), len(text), -1)[:, hidden]
             logits = head(rows).log_softmax(-1)
             picked = logits.gather(-1, true[hidden].expand(len(part), -1)[:, :, None]).sum((1, 2))

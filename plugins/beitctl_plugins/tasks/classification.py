@@ -1,8 +1,10 @@
 """Image classification on the vision branch."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -10,42 +12,53 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitctl.api import Example, Examples, Item, Log, Plugin, Term, Tools
+from beitctl.api import Example, Examples, Item, Log, Plugin, TeacherField, Term, Tools
+from beitctl.config import ModelConfig
 from beitctl.data.batch import Group
 from beitctl.data.images import centre_crop
+from beitctl.engine.learner import PIXELS, raw
 from beitctl.errors import DataError, UserError
+from beitctl.model.heads import Classifier
+from beitctl.model.multiway import Encoded
 from beitctl.report import figures
 from beitctl_plugins.tasks.preparing import view_of
 
 HEAD = "classifier"
 
 
-class PooledClassifier(nn.Module):
-    """Mean of the patches, LayerNorm, linear: BEiT's head for ImageNet."""
-
-    def __init__(self, width: int, classes: int, eps: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps)
-        self.linear = nn.Linear(width, classes)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """(n, N, d) encoded patches to (n, classes) logits."""
-        logits: Tensor = self.linear(self.norm(patches.mean(1)))
-        return logits
-
-
 class Classification(Plugin):
-    """Tell the class of a picture from the mean of its patches."""
+    """Tell the class of a picture."""
 
     layout: ClassVar[Literal["image"]] = "image"
+    labelled: ClassVar[bool] = True
+    """Whether examples need a label."""
 
+    pool: Literal["mean", "cls"] = "mean"
+    """What is read: ``mean``: the mean patch under a norm of its own, in place of the model's last norm
+    (BEiT, BEiT-3); ``cls``: the class token after the model's last norm (ViT), DeiT's distillation token as
+    well."""
+
+    distil: TeacherField | None = None
+    """Frozen classifier whose answers the distillation token learns beside the labels, at equal weight
+    (DeiT)."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Probability that the target spreads over all classes."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
     """Smallest and largest share of the picture that a training crop shows."""
 
+    @classmethod
+    def smoke(cls, table: Mapping[str, Any]) -> dict[str, Any]:
+        """The task without smoothing, whose loss has a floor, and with a small random teacher if it has
+        one."""
+        small = {"kind": "timm", "model": "test_efficientnet", "weights": "random", "input_px": 32}
+        return {**table, "label_smoothing": 0.0, **({"distil": small} if "distil" in table else {})}
+
     def terms(self) -> Mapping[str, Term]:
-        return {"": Term("sample")}
+        return (
+            {"": Term("sample")}
+            if self.distil is None
+            else {"": Term("sample", 0.5), "teacher": Term("sample", 0.5)}
+        )
 
     def heads(self, tools: Tools) -> dict[str, nn.Module]:
         if len(tools.labels) < 2:
@@ -53,7 +66,13 @@ class Classification(Plugin):
                 f"classification needs at least two classes, the source has {len(tools.labels)}: "
                 'give an image-folder with labels = "folders", or pairs with a label column'
             )
-        return {HEAD: PooledClassifier(tools.model.width, len(tools.labels), tools.model.norm_eps)}
+        if self.distil is not None and (self.pool != "cls" or not tools.model.distill_token):
+            raise UserError('distil needs a token that learns it: set distill_token = true and pool = "cls"')
+        return {HEAD: Classifier(tools.model, len(tools.labels))}
+
+    def fitted(self, config: ModelConfig) -> ModelConfig:
+        """The model that is fine-tuned: pooling decides on the final norm."""
+        return replace(config, final_norm=self.pool == "cls")
 
     def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
         if example.label not in tools.labels:
@@ -61,15 +80,29 @@ class Classification(Plugin):
         image = view_of(example, draw, tools, self.crop_scale)
         return Item(image=image, label=tools.labels.index(example.label))
 
-    def output(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> Tensor:
+    def output(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> Tensor:
         """(n, classes) logits."""
-        logits: Tensor = heads[HEAD](rows[group.picture_rows[:, 1:]])
+        logits: Tensor = heads[HEAD](encoded.rows[group.picture_rows])
         return logits.float()
 
-    def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
-        logits = self.output(rows, group, heads)
-        total = F.cross_entropy(logits, group.labels, reduction="sum", label_smoothing=self.label_smoothing)
-        return {"": (total, (logits.detach().argmax(-1) == group.labels).sum())}
+    def loss(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
+        head = cast("Classifier", heads[HEAD])
+        by_class, by_teacher = head.both(encoded.rows[group.picture_rows])
+        if self.distil is None or by_teacher is None:
+            return {"": self._entropy(self.output(encoded, group, heads), group.labels, self.label_smoothing)}
+        tokens, config = group.picture_rows.shape[1], encoded.model.config
+        pixels = encoded.packed.pixels[group.picture_rows[:, 0] // tokens]
+        teacher = _teacher(cast("Hashable", self.distil), by_class.shape[1]).to(pixels.device)
+        said = teacher(raw(pixels, PIXELS[config.pixels])).argmax(-1)
+        return {
+            "": self._entropy(by_class, group.labels, self.label_smoothing),
+            "teacher": self._entropy(by_teacher, said, 0.0),
+        }
+
+    @staticmethod
+    def _entropy(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+        return total, (logits.detach().argmax(-1) == labels).sum()
 
     def score(
         self, outputs: Sequence[Tensor], examples: Sequence[Example], tools: Tools, train: Examples
@@ -122,3 +155,9 @@ class Classification(Plugin):
         right = tools.labels[said] == example.label
         caption = f"{tools.labels[said]} {sure:.0%}" + ("" if right else f" (true: {example.label})")
         return figures.Tile(image, caption, "right" if right else "wrong")
+
+
+@cache
+def _teacher(plugin: Any, classes: int) -> Any:
+    """The frozen classifier, opened once."""
+    return plugin.classifier(classes)

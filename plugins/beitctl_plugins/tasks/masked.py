@@ -1,6 +1,6 @@
 """Masked data modelling on pictures, texts and pairs (BEiT-3, arXiv:2208.10442, section 2.2)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -9,16 +9,29 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from beitctl.api import Example, Item, Plugin, Term, Tools
+from beitctl.config import ModelConfig
 from beitctl.data.batch import Group
 from beitctl.data.masking import block_mask, text_mask
 from beitctl.engine.losses import masked_cross_entropy
 from beitctl.errors import DataError, UserError
-from beitctl_plugins.tasks.preparing import caption_of, framed, loaded, view_of, window
+from beitctl.model.heads import Aggregation, BertHead
+from beitctl.model.multiway import Encoded
+from beitctl_plugins.tasks.preparing import caption_of, framed, loaded, longest, view_of, window
 
 IMAGE_HEAD = "image_codes"
 TEXT_HEAD = "text_tokens"
+BOTTLENECK = "aggregation"
 WHOLE_CROP = (0.2, 1.0)
 """Crop of pictures of which nothing is hidden (BEiT v2's)."""
+
+
+class Bottleneck(Plugin):
+    """BEiT v2's second path: the last class token and the patches of an early block, through extra blocks."""
+
+    early_layers: int = Field(ge=1)
+    """Blocks after which the patches leave (BEiT v2: 9 of 12, 21 of 24)."""
+    head_layers: int = Field(default=2, ge=1)
+    """Extra blocks; they are thrown away after pretraining."""
 
 
 class MaskedImage(Plugin):
@@ -30,22 +43,49 @@ class MaskedImage(Plugin):
     """Share of the patches that are hidden."""
     min_block: int = Field(default=16, ge=1)
     """Smallest block of hidden patches, in patches."""
+    exact: bool = True
+    """Whether single patches make up for blocks that stay short of the share (BEiT v2), or not (BEiT-1)."""
+    bottleneck: Bottleneck | None = None
+    """A second prediction through the class token, with the same head (BEiT v2)."""
+
+    @classmethod
+    def smoke(cls, table: Mapping[str, Any]) -> dict[str, Any]:
+        """The task for a model of a few blocks and a grid of 4 x 4 patches."""
+        small = {**table, "min_block": 4}
+        return small | ({"bottleneck": {"early_layers": 1}} if "bottleneck" in table else {})
 
     def terms(self) -> Mapping[str, Term]:
-        return {"": Term("patch")}
+        return {"": Term("patch")} | ({"class": Term("patch")} if self.bottleneck else {})
+
+    def depths(self, config: ModelConfig) -> Sequence[int]:
+        """The early block that the bottleneck reads."""
+        return [self.bottleneck.early_layers] if self.bottleneck else []
 
     def heads(self, tools: Tools) -> dict[str, nn.Module]:
-        return {IMAGE_HEAD: nn.Linear(tools.model.width, _tokens(tools).codes)}
+        found: dict[str, nn.Module] = {IMAGE_HEAD: nn.Linear(tools.model.width, _tokens(tools).codes)}
+        if self.bottleneck:
+            early, layers = self.bottleneck.early_layers, tools.model.layers
+            if early > layers:
+                raise UserError(
+                    f"bottleneck.early_layers ({early}) must not exceed the model's {layers} blocks"
+                )
+            found[BOTTLENECK] = Aggregation(tools.model, early, self.bottleneck.head_layers)
+        return found
 
     def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
-        return _masked_picture(example, draw, tools, self.mask_ratio, self.min_block)
+        return _masked_picture(example, draw, tools, self.mask_ratio, self.min_block, self.exact)
 
-    def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
-        return {"": masked_cross_entropy(rows[group.patch_rows], group.patch_targets, heads[IMAGE_HEAD])}
+    def loss(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
+        head, targets = heads[IMAGE_HEAD], group.patch_targets
+        found = {"": masked_cross_entropy(encoded.rows[group.patch_rows], targets, head)}
+        if self.bottleneck:
+            rows = heads[BOTTLENECK](encoded)
+            found["class"] = masked_cross_entropy(rows[group.patch_rows], targets, head)
+        return found
 
-    def output(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    def output(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Predicted codes (m,) of the hidden patches."""
-        return {"patch": heads[IMAGE_HEAD](rows[group.patch_rows]).argmax(-1)}
+        return {"patch": heads[IMAGE_HEAD](encoded.rows[group.patch_rows]).argmax(-1)}
 
 
 class MaskedText(Plugin):
@@ -55,12 +95,14 @@ class MaskedText(Plugin):
 
     mask_ratio: float = Field(default=0.15, gt=0, le=1)
     """Share of the tokens that are hidden; <s> and </s> never are."""
+    head: Literal["linear", "bert"] = "linear"
+    """Head on the tokens: one linear layer (BEiT-3), or BERT's with a transform before it (VLMo)."""
 
     def terms(self) -> Mapping[str, Term]:
         return {"": Term("text")}
 
     def heads(self, tools: Tools) -> dict[str, nn.Module]:
-        return {TEXT_HEAD: nn.Linear(tools.model.width, tools.model.vocabulary)}
+        return {TEXT_HEAD: _text_head(self.head, tools)}
 
     def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
         tokenizer = loaded(tools)
@@ -70,12 +112,12 @@ class MaskedText(Plugin):
         masked, targets = text_mask(ids, self.mask_ratio, draw, mask_id=tokenizer.size - 1)
         return Item(text=masked, text_targets=targets)
 
-    def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
-        return {"": masked_cross_entropy(rows[group.text_rows], group.text_targets, heads[TEXT_HEAD])}
+    def loss(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
+        return {"": masked_cross_entropy(encoded.rows[group.text_rows], group.text_targets, heads[TEXT_HEAD])}
 
-    def output(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    def output(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Predicted ids (m,) of the hidden tokens."""
-        return {"text": heads[TEXT_HEAD](rows[group.text_rows]).argmax(-1)}
+        return {"text": heads[TEXT_HEAD](encoded.rows[group.text_rows]).argmax(-1)}
 
 
 class MaskedPair(Plugin):
@@ -91,6 +133,15 @@ class MaskedPair(Plugin):
     """Smallest block of hidden patches, in patches."""
     image_weight: float = Field(default=1.0, ge=0)
     """Weight of the loss on patches beside the loss on the caption's tokens."""
+    head: Literal["linear", "bert"] = "linear"
+    """Head on the tokens: one linear layer (BEiT-3), or BERT's with a transform before it (VLMo)."""
+    text_tokens: int = Field(default=0, ge=0)
+    """Longest caption in tokens, special tokens included; 0: the model's longest text."""
+
+    @classmethod
+    def smoke(cls, table: Mapping[str, Any]) -> dict[str, Any]:
+        """The task for a grid of 4 x 4 patches."""
+        return {**table, "min_block": 4, "text_tokens": 0}
 
     def terms(self) -> Mapping[str, Term]:
         found = {"": Term("text")}
@@ -99,7 +150,7 @@ class MaskedPair(Plugin):
         return found
 
     def heads(self, tools: Tools) -> dict[str, nn.Module]:
-        found: dict[str, nn.Module] = {TEXT_HEAD: nn.Linear(tools.model.width, tools.model.vocabulary)}
+        found: dict[str, nn.Module] = {TEXT_HEAD: _text_head(self.head, tools)}
         if self.image_mask_ratio:
             found[IMAGE_HEAD] = nn.Linear(tools.model.width, _tokens(tools).codes)
         return found
@@ -107,27 +158,35 @@ class MaskedPair(Plugin):
     def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
         tokenizer = loaded(tools)
         caption = caption_of(example, draw, tools)
-        ids = framed(tokenizer.encode(caption)[: tools.model.text_tokens - 2])
+        ids = framed(tokenizer.encode(caption)[: longest(self.text_tokens, tools) - 2])
         masked, targets = text_mask(ids, self.text_mask_ratio, draw, mask_id=tokenizer.size - 1)
         if not self.image_mask_ratio:
             return Item(image=view_of(example, draw, tools, WHOLE_CROP), text=masked, text_targets=targets)
-        picture = _masked_picture(example, draw, tools, self.image_mask_ratio, self.min_block)
+        picture = _masked_picture(example, draw, tools, self.image_mask_ratio, self.min_block, exact=True)
         return replace(picture, text=masked, text_targets=targets)
 
-    def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
-        found = {"": masked_cross_entropy(rows[group.text_rows], group.text_targets, heads[TEXT_HEAD])}
+    def loss(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
+        found = {
+            "": masked_cross_entropy(encoded.rows[group.text_rows], group.text_targets, heads[TEXT_HEAD])
+        }
         if self.image_mask_ratio:
             found["image"] = masked_cross_entropy(
-                rows[group.patch_rows], group.patch_targets, heads[IMAGE_HEAD]
+                encoded.rows[group.patch_rows], group.patch_targets, heads[IMAGE_HEAD]
             )
         return found
 
-    def output(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    def output(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Predicted ids of the hidden tokens and codes of the hidden patches."""
-        found = {"text": heads[TEXT_HEAD](rows[group.text_rows]).argmax(-1)}
+        found = {"text": heads[TEXT_HEAD](encoded.rows[group.text_rows]).argmax(-1)}
         if self.image_mask_ratio:
-            found["patch"] = heads[IMAGE_HEAD](rows[group.patch_rows]).argmax(-1)
+            found["patch"] = heads[IMAGE_HEAD](encoded.rows[group.patch_rows]).argmax(-1)
         return found
+
+
+def _text_head(kind: str, tools: Tools) -> nn.Module:
+    if kind == "bert":
+        return BertHead(tools.model.width, tools.model.vocabulary)
+    return nn.Linear(tools.model.width, tools.model.vocabulary)
 
 
 def _tokens(tools: Tools) -> Any:
@@ -138,26 +197,28 @@ def _tokens(tools: Tools) -> Any:
     """
     if tools.tokens is None:
         raise UserError('this task predicts image codes: set tokens, for example to "@tokenize-images"')
-    if tools.tokens.grid != tools.model.grid:
+    height, width = tools.model.grid
+    if (tools.tokens.grid, tools.tokens.grid) != (height, width):
         raise UserError(
             f"the token store has {tools.tokens.grid} x {tools.tokens.grid} codes a picture, the model "
-            f"{tools.model.grid} x {tools.model.grid} patches; make image_px / patch_px of both equal"
+            f"{height} x {width} patches; make image_px / patch_px of both equal"
         )
     return tools.tokens
 
 
 def _masked_picture(
-    example: Example, draw: np.random.Generator, tools: Tools, ratio: float, min_block: int
+    example: Example, draw: np.random.Generator, tools: Tools, ratio: float, min_block: int, exact: bool
 ) -> Item:
     """One stored view of a picture with some patches hidden, and their codes as targets."""
-    tokens, grid = _tokens(tools), tools.model.grid
+    tokens, (height, width) = _tokens(tools), tools.model.grid
     if example.image is None:
         raise DataError(f"{example.id}: no picture")
     crop, codes = tokens.view(example.id, int(draw.integers(tokens.views)))
     picture = tools.pictures.open(example.image, example.id)
-    mask = block_mask(grid, grid, max(1, round(ratio * grid * grid)), draw, min_block=min_block)
+    count = max(1, round(ratio * height * width))
+    mask = block_mask(height, width, count, draw, min_block=min_block, exact=exact)
     return Item(
-        image=tools.pictures.crop(picture, crop, tools.model.image_px),
+        image=tools.pictures.crop(picture, crop, tools.model.side_px),
         image_mask=mask,
         patch_targets=np.where(mask, codes, -1),
     )

@@ -35,6 +35,17 @@ def framed(ids: Sequence[int]) -> NDArray[np.int64]:
     return np.array([START, *ids, END], dtype=np.int64)
 
 
+def longest(setting: int, tools: Tools) -> int:
+    """Longest text in tokens by a task's setting, where 0 stands for the model's.
+
+    Raises:
+        UserError: the model reads no text as long.
+    """
+    if setting > tools.model.text_tokens:
+        raise UserError(f"the task's text_tokens ({setting}) exceed the model's ({tools.model.text_tokens})")
+    return setting or tools.model.text_tokens
+
+
 def window(ids: Sequence[int], longest: int, draw: np.random.Generator) -> Sequence[int]:
     """A random stretch of a text that is too long; over many epochs all of it is seen."""
     if len(ids) <= longest:
@@ -65,4 +76,4 @@ def view_of(example: Example, draw: np.random.Generator, tools: Tools, scale: tu
     picture = tools.pictures.open(example.image, example.id)
     width, height = picture.size
     crop = random_crop(width, height, draw, scale=scale) if tools.train else centre_crop(width, height)
-    return tools.pictures.crop(picture, crop, tools.model.image_px)
+    return tools.pictures.crop(picture, crop, tools.model.side_px)

@@ -7,35 +7,18 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from beitctl.api import Example, Examples, Item, Log, Plugin, Term, Tools
 from beitctl.data.batch import Group
 from beitctl.data.images import centre_crop
-from beitctl.engine.losses import gather_rows
+from beitctl.engine.losses import info_nce
 from beitctl.errors import DataError
+from beitctl.model.heads import ContrastiveHead
+from beitctl.model.multiway import Encoded
 from beitctl.report import figures
 from beitctl_plugins.tasks.preparing import caption_of, framed, loaded, view_of
 
 HEAD = "contrastive"
-
-
-class ContrastiveHead(nn.Module):
-    """One projection per modality and the temperature of BEiT-3's retrieval model."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.vision = nn.Linear(width, width, bias=False)
-        self.language = nn.Linear(width, width, bias=False)
-        self.logit_scale = nn.Parameter(torch.empty(1))  # 1-D: FSDP2 cannot shard a 0-D parameter
-
-    def forward(self, pictures: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, d) class tokens of both branches to unit vectors (n, d) in fp32, and the logits' scale."""
-        return (
-            F.normalize(self.vision(pictures).float(), dim=-1),
-            F.normalize(self.language(texts).float(), dim=-1),
-            self.logit_scale.float().exp(),
-        )
 
 
 class Retrieval(Plugin):
@@ -60,25 +43,18 @@ class Retrieval(Plugin):
         return Item(image=image, text=framed(ids[: tools.model.text_tokens - 2]))
 
     def output(
-        self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]
+        self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Unit vectors of pictures and of texts, (n, d) each, and the scale of the logits."""
         found: tuple[Tensor, Tensor, Tensor] = heads[HEAD](
-            rows[group.picture_rows[:, 0]], rows[group.text_first]
+            encoded.rows[group.picture_rows[:, 0]], encoded.rows[group.text_first]
         )
         return found
 
-    def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
-        pictures, texts, scale = self.output(rows, group, heads)
-        all_pictures, first = gather_rows(pictures)
-        all_texts, _ = gather_rows(texts)
-        targets = first + torch.arange(len(pictures), device=pictures.device)
-        to_text, to_picture = scale * pictures @ all_texts.T, scale * texts @ all_pictures.T
-        total = sum(
-            F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
-            for logits in (to_text, to_picture)
-        )
-        return {"": (total / 2, (to_text.detach().argmax(-1) == targets).sum())}
+    def loss(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
+        pictures, texts, scale = self.output(encoded, group, heads)
+        total, hits, _ = info_nce(pictures, texts, scale, self.label_smoothing)
+        return {"": (total, hits)}
 
     def score(
         self,

@@ -55,6 +55,27 @@ class _Features(nn.Module):
         return found
 
 
+class _Logits(nn.Module):
+    """A timm classifier."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, input_px: int, mean_std: tuple[list[float], list[float]]) -> None:
+        super().__init__()
+        self.model, self.input_px = model.eval().requires_grad_(False), input_px
+        self.register_buffer("mean", torch.tensor(mean_std[0])[:, None, None])
+        self.register_buffer("std", torch.tensor(mean_std[1])[:, None, None])
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in 0..1 to (B, classes)."""
+        if images.shape[-1] != self.input_px:
+            images = F.interpolate(images, (self.input_px, self.input_px), mode="bicubic", antialias=True)
+        logits: Tensor = self.model((images.float() - self.mean) / self.std)
+        return logits
+
+
 class TimmTeacher(Plugin):
     """Any timm model, read at one of its stages."""
 
@@ -75,17 +96,7 @@ class TimmTeacher(Plugin):
             SetupError: the package with the weights is not installed, or they cannot be fetched.
             DataError: the weights do not fit the model.
         """
-        name, known = self.model.partition(".")[0], timm.list_models()
-        if name not in known:
-            close = get_close_matches(name, known, n=5)
-            raise UserError(f"timm has no model '{self.model}'; similar: {', '.join(close) or 'none'}")
-        torch.manual_seed(0)  # random weights must be the same on every rank
-        try:
-            network = timm.create_model(self.model, pretrained=self.weights == "pretrained")
-        except (OSError, RuntimeError) as error:
-            raise SetupError(f"the weights of {self.model} cannot be fetched: {error}") from error
-        if self.weights not in ("pretrained", "random"):
-            _load_in_order(network, self._file())
+        network = self._network()
         cfg: Any = network.pretrained_cfg
         try:
             return _Features(network, self.stage, grid, self.input_px, (list(cfg["mean"]), list(cfg["std"])))
@@ -94,6 +105,39 @@ class TimmTeacher(Plugin):
                 f"{self.model} has no stage {self.stage}, or reads no pictures of input_px = "
                 f"{self.input_px}: {error}"
             ) from error
+
+    def classifier(self, classes: int) -> Any:
+        """The frozen classifier: (B, 3, H, W) in 0..1 to logits (B, classes).
+
+        Raises:
+            UserError: timm knows no such model, or its classes are not as many.
+            SetupError: the package with the weights is not installed, or they cannot be fetched.
+            DataError: the weights do not fit the model.
+        """
+        fresh = self.weights == "random"
+        network = self._network(num_classes=classes) if fresh else self._network()
+        if network.num_classes != classes:
+            raise UserError(
+                f"the teacher {self.model} knows {network.num_classes} classes, the data have {classes}: "
+                "it has to know the same ones in the same order"
+            )
+        cfg: Any = network.pretrained_cfg
+        return _Logits(network, self.input_px, (list(cfg["mean"]), list(cfg["std"])))
+
+    def _network(self, **settings: Any) -> Any:
+        """The timm model with its weights."""
+        name, known = self.model.partition(".")[0], timm.list_models()
+        if name not in known:
+            close = get_close_matches(name, known, n=5)
+            raise UserError(f"timm has no model '{self.model}'; similar: {', '.join(close) or 'none'}")
+        torch.manual_seed(0)  # random weights must be the same on every rank
+        try:
+            network = timm.create_model(self.model, pretrained=self.weights == "pretrained", **settings)
+        except (OSError, RuntimeError) as error:
+            raise SetupError(f"the weights of {self.model} cannot be fetched: {error}") from error
+        if self.weights not in ("pretrained", "random"):
+            _load_in_order(network, self._file())
+        return network
 
     def _file(self) -> Path:
         if not self.weights.startswith("package:"):

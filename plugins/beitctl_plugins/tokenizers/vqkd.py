@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from beitctl.api import Example, Job, Plugin, Source, TeacherField, Tools
+from beitctl.checkpoints.native import fit
 from beitctl.config import ModelConfig, TrainConfig
 from beitctl.data.images import Pictures, centre_crop, random_crop
 from beitctl.data.loader import Place, Stream, drawn
@@ -25,10 +26,11 @@ from beitctl.engine import dist
 from beitctl.engine.learner import HALF, Sums, normalise
 from beitctl.engine.loop import Session, train
 from beitctl.engine.shard import full_weights, sharded
-from beitctl.errors import DataError
+from beitctl.errors import DataError, UserError
 from beitctl.model.init import initial
 from beitctl.model.vqkd import Codebook, VQKDModel, perplexity
 from beitctl.report import figures
+from beitctl_plugins.tokenizers.vqkd_tokenizer import VQKDTokenizer, official
 
 WEIGHTS = "tokenizer.safetensors"
 NOTE = "tokenizer.json"
@@ -121,36 +123,6 @@ class VQKDLearner(nn.Module):
         return {"similarity": float(patches), "commitment": float(patches)}
 
 
-class VQKDTokenizer:
-    """A trained, frozen image tokenizer."""
-
-    def __init__(self, model: VQKDModel, fingerprint: str) -> None:
-        self.model = model.eval().requires_grad_(False)
-        config = model.encoder.config
-        self.codes, self.grid, self.image_px = model.codebook.codes, config.grid, config.image_px
-        self.fingerprint = fingerprint
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 to (B, grid * grid) int64."""
-        device = self.model.codebook.vectors.device
-        return self.model.tokens(normalise(images.to(device), HALF))
-
-    @torch.no_grad()
-    def closest(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (B, N) of (B, 3, H, W) uint8, and the cosine (B, N) of each patch to its code."""
-        book = self.model.codebook
-        z = self.model.vectors(normalise(images.to(book.vectors.device), HALF))
-        codes = book.assign(z.flatten(0, 1)).view(z.shape[:2])
-        return codes, (z * book.vectors[codes]).sum(-1)
-
-    @torch.no_grad()
-    def similarity(self, images: Tensor, target: Tensor) -> Tensor:
-        """Cosine (B, N) between reconstructed and true teacher features."""
-        features, _, _ = self.model(normalise(images, HALF))
-        return F.cosine_similarity(features, target - self.model.feature_mean, dim=-1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """Size of the tokenizer's two Vision Transformers."""
@@ -183,7 +155,8 @@ class Shape:
         """The encoder as a Multiway model: BEiT v2's plain pre-norm ViT without key bias."""
         return ModelConfig(
             layers=self.layers, width=self.width, heads=self.heads, ffn=self.ffn, image_px=self.image_px,
-            patch_px=self.patch_px, norm="pre", key_bias=False, norm_eps=1e-6, init=self.init,
+            patch_px=self.patch_px, norm="pre", key_bias=False, norm_eps=1e-6, mask_token=False,
+            init=self.init,
         )  # fmt: skip
 
 
@@ -223,7 +196,7 @@ class VQKD(Plugin):
             model = self._model(1)
         return {
             "tokenizer": f"VQ-KD, {self.codes} codes of width {self.code_width}, "
-            f"{encoder.grid} x {encoder.grid}",
+            f"{encoder.grid[0]} x {encoder.grid[1]}",
             "parameters (without the last layer)": sum(p.numel() for p in model.parameters()),
             "pictures seen": self.samples * self.train_config.steps,
         }
@@ -231,7 +204,7 @@ class VQKD(Plugin):
     def train(self, sources: Sequence[Source], job: Job) -> Mapping[str, Any]:
         ranks = dist.start()
         encoder = self.shape.encoder()
-        teacher = self.teacher.open(encoder.grid).to(ranks.device)
+        teacher = self.teacher.open(encoder.grid[0]).to(ranks.device)
         seed = self.train_config.seed
         streams = self._streams(sources)
         learner: VQKDLearner = sharded(
@@ -306,12 +279,21 @@ class VQKD(Plugin):
         (folder / NOTE).write_text(json.dumps(note, indent=1))
 
     @classmethod
-    def load(cls, folder: Path) -> VQKDTokenizer:
-        """Read the tokenizer of a folder.
+    def load(cls, folder: Path, heads: int | None = None) -> VQKDTokenizer:
+        """Read the tokenizer of a folder, or a file of BEiT v2's official code.
+
+        Args:
+            folder: the folder, or a file such as ``vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth``.
+            heads: attention heads of an official file, which does not say them; by default 64 channels each.
 
         Raises:
             DataError: a file is missing, damaged or not of this kind.
+            UserError: ``heads`` is needed, does not fit, or is given for a folder, which says it.
         """
+        if not folder.is_dir():
+            return official(folder, heads)
+        if heads is not None:
+            raise UserError(f"{folder}: heads={heads} is for official files; a folder says it itself")
         try:
             note = json.loads((folder / NOTE).read_text())
             tensors = load_file(folder / WEIGHTS)
@@ -325,7 +307,7 @@ class VQKD(Plugin):
         shape = Shape(**note["shape"])
         codebook = Codebook(note["codes"], note["code_width"])
         model = VQKDModel(shape.encoder(), shape.decoder_layers, note["features"], codebook)
-        model.load_state_dict(tensors)
+        fit(tensors, model, "", folder)
         return VQKDTokenizer(model, digest)
 
     def _measure(
