@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from beitctl.config import ModelConfig
-from beitctl.model.attention import Layout
 from beitctl.model.init import initial
 from beitctl.model.multiway import Multiway, Packed
 from beitctl.model.plan import plan_of
@@ -172,7 +171,7 @@ def test_packed_equals_each_sequence_alone(settings, case):
     (expected * cotangent).sum().backward()
     wanted = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    found = model.encode(Packed(Layout.of(plan, pixels.device), pixels, mask, ids, keep))
+    found = model.encode(Packed(model.layout(plan), pixels, mask, ids, keep))
     (found * cotangent).sum().backward()
 
     assert (found - expected).abs().max() < TOLERANCE
@@ -187,7 +186,7 @@ def test_packed_equals_each_sequence_alone(settings, case):
 def test_every_parameter_has_a_gradient_though_a_modality_is_empty(settings):
     model = model_of(MODELS[settings])
     plan, pixels, mask, ids, keep = inputs(model, CASES["images only"])
-    model.encode(Packed(Layout.of(plan, pixels.device), pixels, mask, ids, keep)).sum().backward()
+    model.encode(Packed(model.layout(plan), pixels, mask, ids, keep)).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 

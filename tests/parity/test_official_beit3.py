@@ -1,116 +1,168 @@
-"""The decoupled form equals the official BEiT-3 (torchscale 4d1e0e8) on small random weights.
+"""Released BEiT-3 equals the official code (unilm 768a3c8, torchscale 4d1e0e8) on small random weights.
 
-Reference: inputs and outputs of the official code in shared/reference/beit3. Tolerance 2e-5 absolute in fp32:
-the sums run in another order.
+Reference: files, inputs and outputs of the official code in shared/reference/beit3, and the weight decay and
+learning-rate scale that its optimizer factory gives every parameter. Tolerance 2e-5 absolute in fp32, 1e-4
+relative for norms of gradients: the sums run in another order.
 """
 
-import re
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from beitctl.config import ModelConfig
-from beitctl.model.multiway import Multiway
+import beitctl
+from beitctl.checkpoints import mapping
+from beitctl.checkpoints.files import read_tensors
+from beitctl.checkpoints.unilm_beit3 import UnilmBeit3
+from beitctl.config import OptimConfig
+from beitctl.engine.optim import adamw
 
 FOLDER = Path(__file__).parents[3] / "shared" / "reference" / "beit3"
 TOLERANCE = 2e-5
+GRADIENTS = 1e-4
+TASKS = ("retrieval", "vqa", "nlvr2", "classification", "captioning")
+FORM = UnilmBeit3()
+PICTURE = 10
 pytestmark = pytest.mark.skipif(
     not FOLDER.is_dir(), reason="the reference outputs are not beside this checkout"
 )
 
-BRANCH = {"A": "vision", "B": "language"}
-RULES = (
-    (r"^text_embed\.weight$", "text_embed.token.weight"),
-    (r"^vision_embed\.(cls|mask)_token$", r"vision_embed.\1_token"),
-    (
-        r"^encoder\.layers\.(\d+)\.self_attn\.inner_attn_ln\.(.)\.(.*)$",
-        r"blocks.\1.attention.{\2}.inner_norm.\3",
-    ),
-    (r"^encoder\.layers\.(\d+)\.self_attn\.out_proj\.(.)\.(.*)$", r"blocks.\1.attention.{\2}.out.\3"),
-    (r"^encoder\.layers\.(\d+)\.self_attn_layer_norm\.(.)\.(.*)$", r"blocks.\1.attention.{\2}.norm.\3"),
-    (r"^encoder\.layers\.(\d+)\.final_layer_norm\.(.)\.(.*)$", r"blocks.\1.ffn.{\2}.norm.\3"),
-    (r"^encoder\.layers\.(\d+)\.ffn\.(.)\.ffn_layernorm\.(.*)$", r"blocks.\1.ffn.{\2}.inner_norm.\3"),
-    (r"^encoder\.layers\.(\d+)\.ffn\.(.)\.(fc[12]\..*)$", r"blocks.\1.ffn.{\2}.\3"),
-    (r"^encoder\.layer_norm\.(.)\.(.*)$", r"norm.{\1}.\2"),
-)
+
+def file(task):
+    return FOLDER / f"beit3_{task}.pth"
 
 
-def translated(official, config):
-    """Official tensors under our names."""
-    found = {}
-    state = {k.removeprefix("beit3."): v for k, v in official.items() if k.startswith("beit3.")}
-    found["vision_embed.proj.weight"] = state["vision_embed.proj.weight"].flatten(1)
-    found["vision_embed.proj.bias"] = state["vision_embed.proj.bias"]
-    found["vision_embed.position"] = state["encoder.embed_positions.A.weight"][2:]  # fairseq's offset
-    found["text_embed.position.weight"] = state["encoder.embed_positions.B.weight"][
-        2 : 2 + config.text_tokens
-    ]
-    for layer in range(config.layers):
-        for letter, branch in BRANCH.items():
-            for kind in ("weight", "bias"):
-                parts = [state[f"encoder.layers.{layer}.self_attn.{x}_proj.{letter}.{kind}"] for x in "qkv"]
-                found[f"blocks.{layer}.attention.{branch}.qkv.{kind}"] = torch.cat(parts)
-    for name, value in state.items():
-        for pattern, target in RULES:
-            if re.match(pattern, name):
-                found[re.sub(pattern, target, name).format(**BRANCH)] = value.squeeze()
-    return found
+def table_of(task):
+    """The table of a file, and its tensors."""
+    state = read_tensors(file(task))
+    config = FORM.config(state, {}, {"heads": 4})
+    return FORM.table(config, {name: value.shape for name, value in state.items()}), state
+
+
+def arrays(name):
+    with np.load(FOLDER / name) as stored:
+        return {key: torch.from_numpy(value) for key, value in stored.items()}
 
 
 @pytest.fixture(scope="module")
-def model():
-    config = ModelConfig(
-        layers=2, width=48, heads=4, ffn=192, image_px=48, patch_px=16, vocabulary=320, text_tokens=64,
-        attention="decoupled",
-    )  # fmt: skip
-    found = Multiway(config)
-    file = torch.load(FOLDER / "beit3_retrieval.pth", map_location="cpu", weights_only=True)
-    found.load_state_dict(translated(file["model"], config))
-    return found.eval()
+def models():
+    return {task: beitctl.load_model(file(task), heads=4) for task in TASKS}
 
 
 @pytest.fixture(scope="module")
-def data():
-    inputs = {k: torch.from_numpy(v) for k, v in np.load(FOLDER / "inputs.npz").items()}
-    return inputs, {k: torch.from_numpy(v) for k, v in np.load(FOLDER / "outputs.npz").items()}
+def inputs():
+    found = arrays("inputs.npz")
+    return found | {name: found[name].bool() for name in ("padding", "vision_masked")}
 
 
-def test_pictures_equal(model, data):
-    inputs, outputs = data
-    assert (model(inputs["images"]) - outputs["trunk.vision"]).abs().max() < TOLERANCE
+@pytest.fixture(scope="module")
+def expected():
+    return arrays("outputs.npz")
 
 
-def test_masked_pictures_equal(model, data):
-    inputs, outputs = data
-    found = model(inputs["images"], image_mask=inputs["vision_masked"].bool())
-    assert (found - outputs["trunk.vision_masked"]).abs().max() < TOLERANCE
+def texts(data):
+    return {"text": data["ids"], "text_pad": data["padding"]}
 
 
-def test_texts_equal(model, data):
-    inputs, outputs = data
-    pad = inputs["padding"].bool()
-    found = model(text=inputs["ids"], text_pad=pad)
-    assert (found - outputs["trunk.text"])[~pad].abs().max() < TOLERANCE
+def real(data):
+    """(B, P + S) whether a row of a pair is a token."""
+    return torch.cat([torch.ones(len(data["ids"]), PICTURE, dtype=torch.bool), ~data["padding"]], 1)
 
 
-def test_pairs_equal(model, data):
-    inputs, outputs = data
-    pad = inputs["padding"].bool()
-    found = model(inputs["images"], inputs["ids"], text_pad=pad)
-    real = torch.cat([torch.ones(3, 10, dtype=torch.bool), ~pad], 1)
-    assert (found - outputs["trunk.pair"])[real].abs().max() < TOLERANCE
+def retrieval_loss(models, data):
+    pictures, words, scale = models["retrieval"](data["images"], **texts(data))
+    logits, matches = scale * pictures @ words.T, torch.arange(len(words))
+    return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
 
 
-def test_gradients_of_pairs_equal(model, data):
-    inputs, outputs = data
-    pad = inputs["padding"].bool()
-    model.zero_grad()
-    found = model(inputs["images"], inputs["ids"], text_pad=pad)
-    real = torch.cat([torch.ones(3, 10, dtype=torch.bool), ~pad], 1)
-    (found[real].square().sum() / real.sum()).backward()
-    norm = outputs["grad.beit3.encoder.layers.0.ffn.A.fc1.weight"]
-    assert model.blocks[0].ffn["vision"].fc1.weight.grad.norm() == pytest.approx(float(norm), rel=1e-4)
-    norm = outputs["grad.beit3.text_embed.weight"]
-    assert model.text_embed.token.weight.grad.norm() == pytest.approx(float(norm), rel=1e-4)
+RUNS = {
+    "trunk.vision": lambda m, d: m["retrieval"].model(d["images"]),
+    "trunk.vision_masked": lambda m, d: m["retrieval"].model(d["images"], image_mask=d["vision_masked"]),
+    "trunk.text": lambda m, d: m["retrieval"].model(**texts(d)),
+    "trunk.pair": lambda m, d: m["retrieval"].model(d["images"], **texts(d)),
+    "retrieval.vision_cls": lambda m, d: m["retrieval"].embed_image(d["images"]),
+    "retrieval.language_cls": lambda m, d: m["retrieval"].embed_text(d["ids"], d["padding"]),
+    "retrieval.loss": retrieval_loss,
+    "vqa.logits": lambda m, d: m["vqa"](d["images"], **texts(d)),
+    "nlvr2.logits": lambda m, d: m["nlvr2"](d["images"], image2=d["images2"], **texts(d)),
+    "classification.logits": lambda m, d: m["classification"](d["images"]),
+    "captioning.logits": lambda m, d: m["captioning"](d["images"], **texts(d)),
+}
+ROWS = {
+    "trunk.text": lambda d: ~d["padding"],
+    "trunk.pair": real,
+    "captioning.logits": lambda d: ~d["padding"],
+}
+"""Rows that carry a meaning, where not all do."""
+
+
+def test_every_output_of_the_reference_is_compared(expected):
+    assert {name for name in expected if not name.startswith("grad.")} == set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_output_equals_that_of_the_official_code(models, inputs, expected, name):
+    with torch.no_grad():
+        difference = (RUNS[name](models, inputs) - expected[name]).abs()
+    if name in ROWS:
+        difference = difference[ROWS[name](inputs)]
+    assert difference.max() < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def gradients(inputs):
+    """Gradients of sum(out ** 2) / rows of pairs, under the official names."""
+    model = beitctl.load_model(file("retrieval"), heads=4)
+    rows = model.model(inputs["images"], **texts(inputs))[real(inputs)]
+    (rows.square().sum() / len(rows)).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return mapping.write(table_of("retrieval")[0], found, {})
+
+
+def test_the_same_parameters_have_gradients(gradients, expected):
+    assert set(gradients) == {name.removeprefix("grad.") for name in expected if name.startswith("grad.")}
+
+
+def test_every_gradient_has_the_norm_of_the_official_code(gradients, expected):
+    off = {
+        name: (float(value.norm()), float(expected[f"grad.{name}"]))
+        for name, value in gradients.items()
+        if float(value.norm()) != pytest.approx(float(expected[f"grad.{name}"]), rel=GRADIENTS)
+    }
+    assert off == {}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_official_to_ours_to_official_is_bit_identical(task):
+    table, state = table_of(task)
+    tensors, unread = mapping.read(table, state)
+    ours = FORM.table(
+        FORM.config(state, {}, {"heads": 4}), {name: value.shape for name, value in tensors.items()}
+    )
+    written = mapping.write(ours, tensors, unread)
+    assert set(written) == set(state)
+    assert all(torch.equal(written[name], value) for name, value in state.items())
+    assert all(written[name].shape == value.shape for name, value in state.items())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_weight_decay_and_layer_decay_are_those_of_the_official_optimizer(models, task):
+    note = json.loads((FOLDER / "param_groups.json").read_text())
+    optim = OptimConfig(peak_lr=1e-3, weight_decay=note["weight_decay"], layer_decay=note["layer_decay"])
+    model = models[task]
+    groups = adamw(model, optim, model.model.config.layers).param_groups
+    settings = {id(p): (group["weight_decay"], group["scale"]) for group in groups for p in group["params"]}
+    found = {name: {settings[id(p)]} for name, p in model.named_parameters()}
+    official = {name: (one["weight_decay"], one["lr_scale"]) for name, one in note["tasks"][task].items()}
+    pairs = table_of(task)[0].pairs
+    wanted = {
+        name: {official.pop(their) for their in pair.theirs}
+        for pair in pairs
+        for name in pair.ours
+        if name in found
+    }
+    assert official == {}
+    assert found == wanted

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from beitctl.api import Item
+from beitctl.config import ModelConfig
 from beitctl.data.batch import Portion, collate
+
+SMALL = ModelConfig(layers=1, width=8, heads=2, ffn=8, image_px=4, patch_px=2)
 
 
 def image(value):
@@ -36,7 +39,7 @@ PORTIONS = [
 
 @pytest.fixture
 def batch():
-    return collate(PORTIONS, 4, 2)
+    return collate(PORTIONS, SMALL)
 
 
 def test_pictures_come_in_the_order_of_the_plan(batch):
@@ -96,13 +99,13 @@ def test_labels_and_counts_are_per_group(batch):
 
 
 def test_a_portion_without_items_has_an_empty_group():
-    batch = collate([PORTIONS[0], Portion("pair", "pair", [])], 4, 2)
+    batch = collate([PORTIONS[0], Portion("pair", "pair", [])], SMALL)
     assert batch.groups["pair"].counts == {"patch": 0, "text": 0, "sample": 0}
     assert batch.pixels.shape == (0, 3, 4, 4)
 
 
 def test_without_any_items_the_batch_is_empty():
-    batch = collate([Portion("pair", "pair", [])], 4, 2)
+    batch = collate([Portion("pair", "pair", [])], SMALL)
     assert batch.plan.tokens == 0
     assert batch.keep is None
 
@@ -115,7 +118,7 @@ def test_scales_of_stochastic_depth_follow_the_sequences_and_dual_halves_share_t
         )
 
     words, pair, dual, pictures = (scaled(p, 10 * i) for i, p in enumerate(PORTIONS))
-    keep = collate([words, pair, dual, pictures], 4, 2).keep
+    keep = collate([words, pair, dual, pictures], SMALL).keep
     assert keep.shape == (3, 2, 10)
     assert keep[2, 1].tolist() == [30, 31, 20, 21, 10, 11, 0, 1, 20, 21]
 

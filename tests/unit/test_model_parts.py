@@ -26,9 +26,9 @@ BASE = {"layers": 12, "width": 768, "heads": 12, "ffn": 3072, "vocabulary": 6401
 def test_every_row_belongs_to_one_slot_and_one_sequence(picture, images, pairs, texts):
     plan = plan_of(picture, images, pairs, texts)
     assert sorted(plan.perm) == list(range(plan.tokens))
-    flat = np.concatenate([np.zeros(0, np.int64), *(grid.ravel() for grid in plan.grids)])
+    flat = np.concatenate([np.zeros(0, np.int64), *(grid.ravel() for _, grid in plan.grids)])
     assert np.array_equal(flat[plan.slots], np.arange(plan.tokens))
-    assert [len(row[row >= 0]) for grid in plan.grids for row in grid] == plan.lengths.tolist()
+    assert [len(row[row >= 0]) for _, grid in plan.grids for row in grid] == plan.lengths.tolist()
     assert np.bincount(plan.row_sequence, minlength=plan.sequences).tolist() == plan.lengths.tolist()
 
 

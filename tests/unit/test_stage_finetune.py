@@ -8,12 +8,14 @@ from safetensors.torch import load_file
 from small import ALONE, MODEL, Record, coloured, pieces, stored, training
 
 from beitctl.api import Job
-from beitctl.checkpoints import native
-from beitctl.checkpoints.native import load_model, read_model
+from beitctl.checkpoints import loading
+from beitctl.checkpoints.loading import load_model
+from beitctl.checkpoints.native import read_model
 from beitctl.engine.optim import OptimConfig
 from beitctl.errors import CheckFailed, DataError, UserError
 from beitctl_plugins.stages.export import Export
 from beitctl_plugins.stages.finetune import Finetune
+from beitctl_plugins.stages.shared import check_share
 from beitctl_plugins.tasks.classification import Classification
 from beitctl_plugins.tasks.masked import MaskedImage
 from beitctl_plugins.tasks.retrieval import Retrieval
@@ -41,17 +43,15 @@ def test_a_task_for_pretraining_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("samples", "world", "micro"), [(5, 2, 0), (4, 1, 2)])
 def test_a_contrastive_batch_that_is_not_whole_and_even_is_refused(tmp_path, samples, world, micro):
-    made = stage("m", Retrieval(), samples=samples, train=training(2, micro_samples=micro))
     with pytest.raises(
         UserError,
         match=rf"samples \({samples}\) to be a multiple of the {world} ranks and no accumulation",
     ):
-        made._check_share(replace(ALONE, world=world))
+        check_share("samples", Retrieval(), samples, micro, replace(ALONE, world=world))
 
 
 def test_a_classifier_may_be_uneven_and_accumulate():
-    made = stage("m", samples=5, train=training(2, micro_samples=2))
-    assert made._check_share(replace(ALONE, world=2)) is None
+    assert check_share("samples", Classification(), 5, 2, replace(ALONE, world=2)) is None
 
 
 def test_an_uneven_contrastive_batch_is_refused_before_training(tmp_path):
@@ -101,7 +101,7 @@ def test_training_starts_from_the_model_or_from_scratch(tmp_path, scratch):
 
 def test_stochastic_depth_can_be_set_for_fine_tuning(tmp_path):
     run(tmp_path, stage(stored(tmp_path), drop_path=0.2))
-    assert read_model(tmp_path / "run").model == replace(MODEL, drop_path=0.2)
+    assert read_model(tmp_path / "run").model == replace(MODEL, drop_path=0.2, final_norm=False)
 
 
 def test_retrieval_is_fine_tuned_with_the_tokenizer_of_the_model(tmp_path):
@@ -165,7 +165,7 @@ def test_outputs_that_differ_after_reloading_end_with_exit_code_7(tmp_path, monk
                 model.norm["shared"].bias.add_(1)
         return model
 
-    monkeypatch.setattr(native, "load_model", perturbed)
+    monkeypatch.setattr(loading, "load_model", perturbed)
     if not fails:
         assert export(tmp_path, stored(tmp_path), tolerance=tolerance)["max_difference"] == pytest.approx(1)
         return

@@ -1,6 +1,8 @@
 """Classification and retrieval: what they prepare, what they score, what the user is told."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ from torch.nn import functional as F
 from beitctl.api import Example
 from beitctl.data.batch import Portion, collate
 from beitctl.errors import DataError, UserError
-from beitctl_plugins.tasks.classification import Classification, PooledClassifier
+from beitctl.model.heads import Classifier, ContrastiveHead
+from beitctl_plugins.tasks.classification import Classification
 from beitctl_plugins.tasks.retrieval import (
-    ContrastiveHead,
     Retrieval,
     chance,
     recalls,
@@ -71,26 +73,28 @@ def test_an_example_without_a_picture_is_named():
 
 
 def test_the_classifier_reads_the_mean_of_the_patches_and_not_the_class_token():
-    head = PooledClassifier(8, 3, 1e-5)
+    head = Classifier(replace(MODEL, final_norm=False), 3)
     items = [
         Classification().prepare(Example(x, png(), label=x), rng(), tools(labels=LABELS)) for x in LABELS
     ]
-    group = collate([Portion("task", "image", items)], 16, 4).groups["task"]
+    group = collate([Portion("task", "image", items)], MODEL).groups["task"]
     rows = torch.randn(3 * 17, 8)
     patches = rows.view(3, 17, 8)[:, 1:]
     expected = head.linear(head.norm(patches.mean(1)))
-    assert torch.allclose(Classification().output(rows, group, {"classifier": head}), expected)
+    assert torch.allclose(
+        Classification().output(SimpleNamespace(rows=rows), group, {"classifier": head}), expected
+    )
 
 
 def test_the_loss_is_the_smoothed_cross_entropy_of_torch():
-    head = PooledClassifier(8, 3, 1e-5)
+    head = Classifier(replace(MODEL, final_norm=False), 3)
     items = [
         Classification().prepare(Example(x, png(), label=x), rng(), tools(labels=LABELS)) for x in LABELS
     ]
-    group = collate([Portion("task", "image", items)], 16, 4).groups["task"]
+    group = collate([Portion("task", "image", items)], MODEL).groups["task"]
     task, rows = Classification(label_smoothing=0.2), torch.randn(3 * 17, 8)
-    total, right = task.loss(rows, group, {"classifier": head})[""]
-    logits = task.output(rows, group, {"classifier": head})
+    total, right = task.loss(SimpleNamespace(rows=rows), group, {"classifier": head})[""]
+    logits = task.output(SimpleNamespace(rows=rows), group, {"classifier": head})
     truth = torch.tensor([0, 1, 2])
     assert total.item() == pytest.approx(
         3 * F.cross_entropy(logits, truth, label_smoothing=0.2).item(), rel=1e-5
@@ -154,12 +158,12 @@ def test_vectors_have_length_one_and_the_scale_is_the_exponential(head):
 
 def test_the_contrastive_loss_is_the_mean_of_both_ways(head):
     items = [Retrieval().prepare(Example(t, png(), (t,)), rng(), tools()) for t in ("a", "bb", "ccc")]
-    group = collate([Portion("task", "dual", items)], 16, 4).groups["task"]
+    group = collate([Portion("task", "dual", items)], MODEL).groups["task"]
     rows = torch.randn(3 * 17 + 12, 8)
     pictures, texts, scale = head(rows[[0, 17, 34]], rows[[51, 54, 58]])
     logits, truth = scale * pictures @ texts.T, torch.arange(3)
     expected = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
-    total, right = Retrieval().loss(rows, group, {"contrastive": head})[""]
+    total, right = Retrieval().loss(SimpleNamespace(rows=rows), group, {"contrastive": head})[""]
     assert total.item() == pytest.approx(3 * expected.item(), rel=1e-5)
     assert right.item() == (logits.argmax(1) == truth).sum().item()
 

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,11 +165,11 @@ def test_heads_have_a_row_for_every_code_and_id(task, sizes):
 def test_the_loss_looks_at_predicted_rows_only_and_equals_torch():
     task, made = MaskedPair(text_mask_ratio=0.5), tools()
     items = [task.prepare(PICTURE, rng(seed), made) for seed in range(2)]
-    group = collate([Portion("pair", "pair", items)], 16, 4).groups["pair"]
+    group = collate([Portion("pair", "pair", items)], MODEL).groups["pair"]
     torch.manual_seed(0)
     heads = nn.ModuleDict(task.heads(made))
     rows = torch.randn(2 * 17 + 2 * 10, 8)
-    found = task.loss(rows, group, heads)
+    found = task.loss(SimpleNamespace(rows=rows), group, heads)
     for name, head, at, targets in (
         ("", "text_tokens", group.text_rows, group.text_targets),
         ("image", "image_codes", group.patch_rows, group.patch_targets),
@@ -179,10 +180,12 @@ def test_the_loss_looks_at_predicted_rows_only_and_equals_torch():
 
 def test_outputs_are_the_likeliest_ids_of_predicted_rows():
     task = MaskedImage()
-    group = collate([Portion("i", "image", [task.prepare(PICTURE, rng(), tools())])], 16, 4).groups["i"]
+    group = collate([Portion("i", "image", [task.prepare(PICTURE, rng(), tools())])], MODEL).groups["i"]
     rows = torch.zeros(17, 40)
     rows[group.patch_rows, group.patch_targets] = 1
-    assert task.output(rows, group, {"image_codes": nn.Identity()})["patch"].equal(group.patch_targets)
+    assert task.output(SimpleNamespace(rows=rows), group, {"image_codes": nn.Identity()})["patch"].equal(
+        group.patch_targets
+    )
 
 
 NEITHER = Example("nothing-here")

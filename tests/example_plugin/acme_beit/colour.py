@@ -12,6 +12,7 @@ from beitctl.data.batch import Group
 from beitctl.data.images import centre_crop
 from beitctl.engine.losses import masked_cross_entropy
 from beitctl.errors import DataError
+from beitctl.model.multiway import Encoded
 
 HEAD = "colour"
 
@@ -34,10 +35,10 @@ class Colour(Plugin):
             raise DataError(f"{example.id}: no picture")
         picture, grid, side = (
             tools.pictures.open(example.image, example.id),
-            tools.model.grid,
+            tools.model.grid[0],
             tools.model.patch_px,
         )
-        image = tools.pictures.crop(picture, centre_crop(*picture.size), tools.model.image_px)
+        image = tools.pictures.crop(picture, centre_crop(*picture.size), tools.model.side_px)
         strongest = image.reshape(3, grid, side, grid, side).mean((2, 4)).argmax(0).reshape(-1)
         mask = np.zeros(len(strongest), bool)
         mask[draw.permutation(len(mask))[: max(1, int(self.mask_ratio * len(mask)))]] = True
@@ -47,10 +48,10 @@ class Colour(Plugin):
         """One loss, averaged over hidden patches."""
         return {"": Term("patch")}
 
-    def output(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    def output(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Channels that the model says."""
-        return {"patch": heads[HEAD](rows[group.patch_rows]).argmax(-1)}
+        return {"patch": heads[HEAD](encoded.rows[group.patch_rows]).argmax(-1)}
 
-    def loss(self, rows: Tensor, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
+    def loss(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
         """Cross-entropy over the three channels."""
-        return {"": masked_cross_entropy(rows[group.patch_rows], group.patch_targets, heads[HEAD])}
+        return {"": masked_cross_entropy(encoded.rows[group.patch_rows], group.patch_targets, heads[HEAD])}

@@ -25,7 +25,7 @@ class Probe(Plugin):
 
     def run(self, job: Job) -> Mapping[str, Any]:
         """Count, and write a table for the report."""
-        from beitctl.checkpoints.native import read_model
+        from beitctl.checkpoints.loading import read_model
 
         examples = self.source.open()
         labels = Counter(examples[index].label for index in range(len(examples)))
