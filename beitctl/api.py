@@ -230,6 +230,9 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
+    def starts(self, ids: Sequence[int]) -> Sequence[bool]:
+        """Whether each id begins a word; only asked for when whole words are hidden."""
+        ...
 
 
 class ImageTokenizer(Protocol):

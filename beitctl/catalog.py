@@ -75,8 +75,15 @@ def _recipes_ls(as_json: JsonOption = False) -> None:
             rows.append({"name": name, "stages": [], "summary": f"broken: {error}".partition("\n")[0]})
             continue
         rows.append({"name": name, "stages": list(found.tables), **found.meta, "path": str(found.path)})
-    columns = ("name", "summary", "needs")
-    _show([{**row, "needs": row.get("needs", "")} for row in rows] if not as_json else rows, columns, as_json)
+    columns = ("name", "summary", "needs", "expect")
+    _show(rows if as_json else [_row(row) for row in rows], columns, as_json)
+
+
+def _row(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as a line of the list, with the first number that was published for it."""
+    first = next(iter(recipe.get("published", {}).items()), None)
+    expect = f"{first[0]} {first[1]}" if first and isinstance(first[1], int | float) else ""
+    return {**recipe, "needs": recipe.get("needs", ""), "expect": expect}
 
 
 @recipes.command("show")

@@ -69,6 +69,28 @@ def _note(path: Path) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
+def state_in(stored: Stored, name: str) -> dict[str, Tensor]:
+    """A model's tensors as another library stores them: the way back of ``read_model``, bit for bit.
+
+    Raises:
+        UserError: there is no such format, or it has no place for parts of this model; lists them.
+    """
+    named = {form.name: form for form in FORMATS}
+    if name not in named:
+        raise UserError(f"no format '{name}'; there are {', '.join(named)}")
+    try:
+        table = named[name].table(stored.model, {key: value.shape for key, value in stored.tensors.items()})
+    except ValueError as error:
+        raise UserError(f"{stored.folder}: cannot be written as {name}: {error}") from error
+    untold = mapping.untold(table, stored.tensors)
+    if untold:
+        raise UserError(
+            f"{stored.folder}: {name} has no place for {len(untold)} tensors: {', '.join(untold[:8])}"
+            f"{' ...' if len(untold) > 8 else ''}"
+        )
+    return mapping.write(table, stored.tensors, stored.unread)
+
+
 class TaskModel(nn.Module):
     """A Multiway Transformer with the head of a plugin's task; ``forward`` gives the task's output."""
 

@@ -20,9 +20,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Pair:
-    """Tensors that hold the same numbers: one of ours, or one of theirs, is the others joined along
-    ``axis``.
-    """
+    """Tensors that hold the same numbers: one side is one tensor, the other its parts along ``axis``."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]

@@ -171,9 +171,7 @@ class CaptioningModel(HeadedModel):
         return {"captions": nn.Linear(config.width, shapes["captions.weight"][0])}
 
     def forward(self, image: Tensor, text: Tensor, *, text_pad: Tensor | None = None) -> Tensor:
-        """Pictures (B, 3, H, W) and captions (B, S) with masked words to (B, S, V) logits; zeros at
-        padding.
-        """
+        """Pictures (B, 3, H, W) and captions (B, S) to (B, S, V) logits; zeros at padding."""
         packed, real = self.model.pack(image, text, None, text_pad, causal_text=True)
         logits: Tensor = self.heads["captions"](self.model.encode(packed)[packed.layout.plan.cuts[1] :])
         return _spread(logits, real)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from beitctl.checkpoints.mapping import Pair, same, view
 
-HEAD_PX = 64
+HEAD_WIDTH = 64
 """Channels of an attention head in nearly all models of the family."""
 
 

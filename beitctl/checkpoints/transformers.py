@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from beitctl.checkpoints.mapping import UNREAD, Made, Pair, Table, fused, same, view
-from beitctl.checkpoints.parts import HEAD_PX, linear, norm, patches, rows, shape, square
+from beitctl.checkpoints.parts import HEAD_WIDTH, linear, norm, patches, rows, shape, square
 from beitctl.config import ModelConfig
 from beitctl.errors import UserError
 from beitctl.model.relative import SPECIAL, picture_index, table_rows
@@ -315,7 +315,7 @@ def _heads(width: int, note: Mapping[str, Any], settings: Mapping[str, Any]) -> 
         raise UserError(
             f"a {TransformersBeit.name} file with absolute positions does not store the number of attention "
             "heads, and no config.json of transformers is beside it: give heads=, usually "
-            f"heads={max(1, width // HEAD_PX)} for the width {width} of this file"
+            f"heads={max(1, width // HEAD_WIDTH)} for the width {width} of this file"
         )
     heads: int = _number(int, note, "num_attention_heads", settings.get("heads"))
     return heads

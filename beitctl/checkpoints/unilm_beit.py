@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from beitctl.checkpoints.mapping import UNREAD, Made, Pair, Table, same, view
-from beitctl.checkpoints.parts import HEAD_PX, linear, norm, patches, rows, shape, square, told_grid
+from beitctl.checkpoints.parts import HEAD_WIDTH, linear, norm, patches, rows, shape, square, told_grid
 from beitctl.config import ModelConfig
 from beitctl.errors import UserError
 from beitctl.model.relative import SPECIAL, picture_index, picture_rows, table_rows
@@ -142,7 +142,7 @@ def told_by_shapes(
     if columns is None:
         raise UserError(
             "the file does not say how many attention heads the model has: give heads=... "
-            f"({max(1, width // HEAD_PX)} is usual for a width of {width}: {HEAD_PX} channels each)"
+            f"({max(1, width // HEAD_WIDTH)} is usual for a width of {width}: {HEAD_WIDTH} channels each)"
         )
     layers = 1 + max(_numbers(state, "blocks."), default=-1)
     fc1 = next((name for name in state if name.endswith(".mlp.fc1.weight")), "blocks.0.mlp.fc1.weight")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from beitctl.checkpoints.mapping import UNREAD, Pair, Table, divided, fused, same, view
-from beitctl.checkpoints.parts import HEAD_PX, linear, norm, patches, rows, shape, square, told_grid
+from beitctl.checkpoints.parts import HEAD_WIDTH, linear, norm, patches, rows, shape, square, told_grid
 from beitctl.config import ModelConfig
 from beitctl.errors import UserError
 
@@ -79,7 +79,7 @@ def _heads(width: int, note: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     if heads is None:
         raise UserError(
             f"a {UnilmBeit3.name} file does not say the number of attention heads: give heads=, "
-            f"for its width {width} usually heads={max(1, width // HEAD_PX)} ({HEAD_PX} channels each)"
+            f"for its width {width} usually heads={max(1, width // HEAD_WIDTH)} ({HEAD_WIDTH} channels each)"
         )
     return int(heads)
 

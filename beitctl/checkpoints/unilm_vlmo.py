@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from beitctl.checkpoints.mapping import UNREAD, Made, Pair, Table, divided, same, view
-from beitctl.checkpoints.parts import HEAD_PX, linear, norm, patches, rows, shape, square, told_grid
+from beitctl.checkpoints.parts import HEAD_WIDTH, linear, norm, patches, rows, shape, square, told_grid
 from beitctl.config import ModelConfig
 from beitctl.errors import UserError
 from beitctl.model import relative
@@ -111,7 +111,7 @@ def _numbers(names: Iterable[str], part: str) -> set[int]:
 
 
 def _heads(width: int, settings: Mapping[str, Any]) -> int:
-    usual = "16 in VLMo base plus" if width == BASE_PLUS else f"{max(1, width // HEAD_PX)} is usual"
+    usual = "16 in VLMo base plus" if width == BASE_PLUS else f"{max(1, width // HEAD_WIDTH)} is usual"
     if not settings.get("heads"):
         raise UserError(
             "the file does not say how many attention heads the model has: its positions are absolute. "

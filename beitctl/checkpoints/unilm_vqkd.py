@@ -12,7 +12,7 @@ from torch import Tensor
 
 from beitctl.checkpoints import mapping
 from beitctl.checkpoints.mapping import UNREAD, Pair, Table, same, view
-from beitctl.checkpoints.parts import HEAD_PX, linear, norm, shape, square
+from beitctl.checkpoints.parts import HEAD_WIDTH, linear, norm, shape, square
 from beitctl.checkpoints.unilm_beit import body
 from beitctl.config import ModelConfig
 from beitctl.errors import UserError
@@ -184,12 +184,12 @@ def _layers(state: Mapping[str, Tensor], half: str) -> int:
 
 
 def _heads(width: int, heads: int | None) -> int:
-    if heads is None and width % HEAD_PX:
+    if heads is None and width % HEAD_WIDTH:
         raise UserError(
             "the file does not say how many attention heads the tokenizer has, and its width "
-            f"{width} is no multiple of {HEAD_PX}, the channels of a head in released files: give heads=..."
+            f"{width} is no multiple of {HEAD_WIDTH}, a head's channels in released files: give heads=..."
         )
-    heads = width // HEAD_PX if heads is None else heads
+    heads = width // HEAD_WIDTH if heads is None else heads
     if heads < 1 or width % heads:
         raise UserError(f"heads ({heads}) must divide the width {width} of the tokenizer")
     return heads

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from beitctl.errors import UserError
 
+SPECIAL = 4
+"""Ids below are special tokens: <s>, <pad>, </s>, <unk> in the XLM-R layout."""
 TRIES = 10
 """Draws for one block before block-wise masking gives up."""
 
@@ -78,15 +80,17 @@ def text_mask(
     rng: np.random.Generator,
     *,
     mask_id: int,
-    special: int = 4,
     mask_share: float = 0.8,
     random_share: float = 0.1,
+    starts: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Hide tokens of a text: the ids to feed (S,), and the ids to predict (S,), -1 where nothing is.
 
-    Tokens are drawn uniformly among the ordinary ones (``special`` and above, but not ``mask_id``); at least
+    Tokens are drawn uniformly among the ordinary ones (ids from 4, but not ``mask_id``); at least
     one is, if there is any. Of those, ``mask_share`` become ``mask_id``, ``random_share`` any ordinary id
-    below ``mask_id``, the rest stay as they are.
+    below ``mask_id``, the rest stay as they are. With ``starts`` (S,), True at the first token of a word,
+    words are hidden whole, in random order, until the share is reached; one that would exceed it is passed
+    over.
 
     Raises:
         UserError: ``ratio`` does not lie in 0..1, or the shares are negative or exceed 1 together.
@@ -98,15 +102,32 @@ def text_mask(
             f"mask_share ({mask_share}) and random_share ({random_share}) must add up to at most 1"
         )
     ids = np.asarray(ids, dtype=np.int64)
-    candidates = np.flatnonzero((ids >= special) & (ids != mask_id))
-    chosen = rng.choice(candidates, _rounded(ratio * len(candidates), len(candidates)), replace=False)
+    candidates = np.flatnonzero((ids >= SPECIAL) & (ids != mask_id))
+    count = _rounded(ratio * len(candidates), len(candidates))
+    if starts is None:
+        chosen = rng.choice(candidates, count, replace=False)
+    else:
+        chosen = _whole_words(candidates, starts, count, rng)
     fate = rng.random(len(chosen))
     masked, targets = ids.copy(), np.full_like(ids, -1)
     targets[chosen] = ids[chosen]
     masked[chosen[fate < mask_share]] = mask_id
     swapped = chosen[(fate >= mask_share) & (fate < mask_share + random_share)]
-    masked[swapped] = rng.integers(special, max(mask_id, special + 1), size=len(swapped))
+    masked[swapped] = rng.integers(SPECIAL, max(mask_id, SPECIAL + 1), size=len(swapped))
     return masked, targets
+
+
+def _whole_words(
+    candidates: NDArray[np.intp], starts: NDArray[np.bool_], count: int, rng: np.random.Generator
+) -> NDArray[np.intp]:
+    """Places of all tokens of random words, at most ``count`` of them but at least one word."""
+    words = np.split(candidates, np.flatnonzero(starts[candidates])) if len(candidates) else []
+    chosen: list[NDArray[np.intp]] = []
+    for index in rng.permutation(len(words)):
+        word = words[index]
+        if len(word) and (sum(map(len, chosen)) + len(word) <= count or not chosen):
+            chosen.append(word)
+    return np.sort(np.concatenate(chosen)) if chosen else candidates[:0]
 
 
 def _rounded(expected: float, most: int) -> int:

@@ -235,9 +235,7 @@ class Multiway(nn.Module):
         self, x: Tensor, packed: Packed, blocks: Iterable[int], fused: bool = False,
         inner: dict[int, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Map X [T, d] through some blocks; ``inner`` gets the rows after each depth that it has a key
-        for.
-        """
+        """Map X [T, d] through some blocks; ``inner`` gets the rows after each of its depths."""
         biases = None if self.relative is None else self.relative(packed.layout)
         for index in blocks:
             keep = None if packed.keep is None else packed.keep[index]

@@ -133,3 +133,30 @@ def test_shares_that_do_not_add_up_are_refused(shares):
 
 def test_no_block_spans_the_grid():
     assert not block_mask(4, 30, 16, generator(0), min_block=16, min_aspect=1, exact=False).any()
+
+
+WORDS = np.array([0, 10, 11, 12, 20, 21, 30, 40, 2])
+STARTS = np.array([True, True, False, False, True, False, True, True, True])
+
+
+def test_whole_words_are_hidden_together():
+    for seed in range(50):
+        _, targets = text_mask(WORDS, 0.4, np.random.default_rng(seed), mask_id=99, starts=STARTS)
+        hidden = set(np.flatnonzero(targets >= 0).tolist())
+        assert all(set(word) <= hidden or not set(word) & hidden for word in ((1, 2, 3), (4, 5), (6,), (7,)))
+        assert hidden
+
+
+def test_whole_words_keep_to_the_share_unless_the_first_is_longer():
+    counts = [
+        int((text_mask(WORDS, 0.3, np.random.default_rng(s), mask_id=99, starts=STARTS)[1] >= 0).sum())
+        for s in range(200)
+    ]
+    assert set(counts) == {2, 3}
+
+
+def test_a_text_without_words_stays_as_it_is_when_words_are_hidden_whole():
+    ids = np.array([0, 2])
+    masked, targets = text_mask(ids, 0.5, generator(0), mask_id=99, starts=np.array([True, True]))
+    assert masked.tolist() == [0, 2]
+    assert (targets == -1).all()

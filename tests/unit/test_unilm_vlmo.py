@@ -249,8 +249,8 @@ def test_texts_of_another_length_have_to_be_said(file):
     path = file(official(replace(BODY, text_tokens=30)))
     assert said(path) == (
         f"{TABLE} has 90 rows: with texts of 196 tokens as in all released files, 0 are left for pictures, "
-        "where h x w patches need (2h-1)(2w-1) + 3; text_tokens=... must say the longest text that it is for, "
-        "or image_px=(height, width) a grid that is not square"
+        "where h x w patches need (2h-1)(2w-1) + 3; text_tokens=... must say the longest text that it is "
+        "for, or image_px=(height, width) a grid that is not square"
     )
     assert beitctl.load_model(path, text_tokens=30).config == replace(BODY, text_tokens=30)
 

@@ -89,9 +89,7 @@ class Finetune(Plugin):
         return registry.name_of("beitctl.tasks", type(self.task))
 
     def _config(self, model: ModelConfig) -> ModelConfig:
-        """The model that is fine-tuned: relative positions of each block's own, and what the task asks
-        for.
-        """
+        """The model that is fine-tuned: each block its relative positions, and what the task asks for."""
         changed: dict[str, Any] = {} if self.drop_path is None else {"drop_path": self.drop_path}
         if self.image_px:
             changed["image_px"] = self.image_px

@@ -36,9 +36,7 @@ class ObjectiveTable(Plugin):
 
 
 class Pretrain(Plugin):
-    """Pretrain a Multiway Transformer: masked data modelling and other objectives, all of them in every
-    step.
-    """
+    """Pretrain a Multiway Transformer: masked data modelling and other objectives, all in every step."""
 
     model: ModelConfig
     """Shape of the model."""
@@ -263,9 +261,7 @@ def _each(examples: Any) -> "Iterator[Any]":
 
 
 def _even(stream: "Stream", prepared: "Iterator[tuple[Any, Any]]", ranks: "Ranks") -> list[Any]:
-    """Prepared items; of a contrastive task as many as share out evenly, because it compares all of a
-    batch.
-    """
+    """Prepared items; of a contrastive task, which compares whole batches, as many as share out evenly."""
     items = [item for _, item in prepared]
     return items[: len(items) - len(items) % ranks.world] if stream.task.layout == "dual" else items
 

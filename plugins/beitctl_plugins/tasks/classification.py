@@ -48,8 +48,7 @@ class Classification(Plugin):
 
     @classmethod
     def smoke(cls, table: Mapping[str, Any]) -> dict[str, Any]:
-        """The task without smoothing, whose loss has a floor, and with a small random teacher if it has
-        one."""
+        """The task with a small random teacher, if any, and unsmoothed: that loss has no floor."""
         small = {"kind": "timm", "model": "test_efficientnet", "weights": "random", "input_px": 32}
         return {**table, "label_smoothing": 0.0, **({"distil": small} if "distil" in table else {})}
 

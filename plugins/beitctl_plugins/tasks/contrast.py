@@ -99,9 +99,7 @@ def _vectors(head: nn.Module, rows: Tensor, group: Group) -> tuple[Tensor, Tenso
 def _match(
     encoded: Encoded, group: Group, heads: Mapping[str, nn.Module], to_text: Tensor, to_picture: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of right pairs and wrong ones, divided by three, and the share of right answers
-    alike.
-    """
+    """A third of the sum of the losses of right and wrong pairs, and of the number of right answers."""
     count = len(group.picture_rows)
     own = gather_rows(to_text[:, :0])[1] + torch.arange(count, device=to_text.device)
     wrong_text = _drawn(to_text, own, group.chance[:, 0])

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor, nn
 
-from beitctl.api import Example, Item, Plugin, Term, Tools
+from beitctl.api import Example, Item, Plugin, Term, TextTokenizer, Tools
 from beitctl.config import ModelConfig
 from beitctl.data.batch import Group
 from beitctl.data.masking import block_mask, text_mask
@@ -97,6 +97,8 @@ class MaskedText(Plugin):
     """Share of the tokens that are hidden; <s> and </s> never are."""
     head: Literal["linear", "bert"] = "linear"
     """Head on the tokens: one linear layer (BEiT-3), or BERT's with a transform before it (VLMo)."""
+    whole_words: bool = False
+    """Whether all tokens of a word are hidden together (VLMo)."""
 
     def terms(self) -> Mapping[str, Term]:
         return {"": Term("text")}
@@ -109,7 +111,7 @@ class MaskedText(Plugin):
         if not example.text:
             raise DataError(f"{example.id}: no text")
         ids = framed(window(tokenizer.encode(example.text), tools.model.text_tokens - 2, draw))
-        masked, targets = text_mask(ids, self.mask_ratio, draw, mask_id=tokenizer.size - 1)
+        masked, targets = _hidden(ids, self.mask_ratio, self.whole_words, draw, tokenizer)
         return Item(text=masked, text_targets=targets)
 
     def loss(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -135,6 +137,8 @@ class MaskedPair(Plugin):
     """Weight of the loss on patches beside the loss on the caption's tokens."""
     head: Literal["linear", "bert"] = "linear"
     """Head on the tokens: one linear layer (BEiT-3), or BERT's with a transform before it (VLMo)."""
+    whole_words: bool = False
+    """Whether all tokens of a word are hidden together (VLMo)."""
     text_tokens: int = Field(default=0, ge=0)
     """Longest caption in tokens, special tokens included; 0: the model's longest text."""
 
@@ -159,7 +163,7 @@ class MaskedPair(Plugin):
         tokenizer = loaded(tools)
         caption = caption_of(example, draw, tools)
         ids = framed(tokenizer.encode(caption)[: longest(self.text_tokens, tools) - 2])
-        masked, targets = text_mask(ids, self.text_mask_ratio, draw, mask_id=tokenizer.size - 1)
+        masked, targets = _hidden(ids, self.text_mask_ratio, self.whole_words, draw, tokenizer)
         if not self.image_mask_ratio:
             return Item(image=view_of(example, draw, tools, WHOLE_CROP), text=masked, text_targets=targets)
         picture = _masked_picture(example, draw, tools, self.image_mask_ratio, self.min_block, exact=True)
@@ -181,6 +185,18 @@ class MaskedPair(Plugin):
         if self.image_mask_ratio:
             found["patch"] = heads[IMAGE_HEAD](encoded.rows[group.patch_rows]).argmax(-1)
         return found
+
+
+def _hidden(
+    ids: "np.ndarray[Any, Any]",
+    ratio: float,
+    whole: bool,
+    draw: np.random.Generator,
+    tokenizer: TextTokenizer,
+) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
+    """Ids to feed, and ids to predict."""
+    starts = np.array(tokenizer.starts(ids.tolist())) if whole else None
+    return text_mask(ids, ratio, draw, mask_id=tokenizer.size - 1, starts=starts)
 
 
 def _text_head(kind: str, tools: Tools) -> nn.Module:

@@ -44,6 +44,12 @@ class SentencePieceTokenizer:
         names = {id: name for name, id in SPECIAL.items()} | {self.size - 1: "<mask>"}
         return [names.get(int(id)) or self.processor.id_to_piece(int(id) - OFFSET) for id in ids]
 
+    def starts(self, ids: Sequence[int]) -> list[bool]:
+        """Whether each id begins a word: its piece has the mark of a space, or it is special."""
+        return [
+            piece.startswith("▁") or id < OFFSET + 3 for piece, id in zip(self.pieces(ids), ids, strict=True)
+        ]
+
     def save(self, folder: Path) -> None:
         """Write the model file and the note that says what it is."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
-"""VQ-KD equals the official tokenizer on small random weights: codes, features, losses, and one step of
-training.
+"""VQ-KD equals the official tokenizer on small random weights: codes, features, losses, a step of training.
 
 Reference: outputs of microsoft/unilm 768a3c8 (beit2/modeling_vqkd.py) in shared/reference/beit12. Tolerance
 2e-5 absolute in fp32: the sums run in another order. The official code takes pixels in 0..1, ours in -1..1.
