@@ -79,7 +79,8 @@ def state_in(stored: Stored, name: str) -> dict[str, Tensor]:
     if name not in named:
         raise UserError(f"no format '{name}'; there are {', '.join(named)}")
     try:
-        table = named[name].table(stored.model, {key: value.shape for key, value in stored.tensors.items()})
+        held = {**stored.unread, **stored.tensors}
+        table = named[name].table(stored.model, {key: value.shape for key, value in held.items()})
     except ValueError as error:
         raise UserError(f"{stored.folder}: cannot be written as {name}: {error}") from error
     untold = mapping.untold(table, stored.tensors)
@@ -88,7 +89,11 @@ def state_in(stored: Stored, name: str) -> dict[str, Tensor]:
             f"{stored.folder}: {name} has no place for {len(untold)} tensors: {', '.join(untold[:8])}"
             f"{' ...' if len(untold) > 8 else ''}"
         )
-    return mapping.write(table, stored.tensors, stored.unread)
+    found = mapping.write(table, stored.tensors, stored.unread)
+    lacking = mapping.problems(table, found)
+    if lacking:
+        raise UserError(f"{stored.folder}: cannot be written as {name}: {'; '.join(lacking[:8])}")
+    return found
 
 
 class TaskModel(nn.Module):

@@ -20,14 +20,17 @@ def anywhere(monkeypatch, tmp_path):
 
 
 def test_the_recipes_of_the_checkout_are_those_that_are_found():
-    assert recipe.names() == NAMES == ["beit3-base", "beit3-giant", "beit3-large", "demo", "tiny"]
+    beit = [f"beit-{size}-{data}" for size in ("base", "large") for data in ("in1k", "in22k")]
+    beit3 = ["beit3-base", "beit3-giant", "beit3-large"]
+    rest = ["beitv2-base", "beitv2-large", "deit-base", "demo", "tiny", "vit-base", "vlmo-base"]
+    assert recipe.names() == NAMES == beit + beit3 + rest
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_recipe_validates(name):
     found = recipe.load(name)
     assert found.meta["summary"]
-    assert "pretrain" in found.tables
+    assert any(table.stage == "pretrain" for table in found.tables.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,14 +53,59 @@ def test_recipes_that_run_anywhere_have_all_six_stages(name):
     assert stages == {"train-tokenizer", "tokenize-images", "pretrain", "finetune", "eval", "export"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_vocabulary_and_grid_fit_the_tokenizers(name):
-    tables = recipe.load(name).tables
-    model = tables["pretrain"].plugin.model
+def pretraining(name):
+    found = recipe.load(name).tables
+    return found, [table.plugin for table in found.values() if table.stage == "pretrain"]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "train-tokenizer.text" in recipe.load(n).tables])
+def test_the_vocabulary_fits_the_text_tokenizer(name):
+    tables, stages = pretraining(name)
     pieces = tables["train-tokenizer.text"].plugin.tokenizer.pieces
+    assert all(stage.model.vocabulary >= pieces + 2 for stage in stages if stage.text_tokenizer)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "train-tokenizer.image" in recipe.load(n).tables])
+def test_the_grid_is_that_of_the_image_tokenizer(name):
+    tables, stages = pretraining(name)
     shape = tables["train-tokenizer.image"].plugin.tokenizer.shape
-    assert model.vocabulary >= pieces + 2
-    assert model.grid == shape.image_px // shape.patch_px
+    assert {stage.model.grid for stage in stages} == {(shape.image_px // shape.patch_px,) * 2}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("demo", "tiny")])
+def test_a_recipe_of_a_paper_says_what_to_expect_and_what_it_needs(name):
+    meta = recipe.load(name).meta
+    assert meta["needs"]
+    assert all(isinstance(value, int | float) and value > 0 for value in meta["published"].values())
+    assert meta["published"]
+    text = recipe.find(name).read_text()
+    settings = text.split("[pretrain", 1)[1].split("[finetune", 1)[0]
+    numbers = [
+        line
+        for line in settings.splitlines()
+        if re.match(r"(peak_lr|betas|weight_decay|samples|steps) =", line)
+    ]
+    assert [line for line in numbers if not re.search(r"# .*\[[A-Z]\d?\]", line)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("beit-base-in22k", 91_965_776),  # model-spec 1.1: pretraining models with their heads
+        ("beit-large-in22k", 311_534_016),
+        ("beitv2-base", 106_143_056),  # model-spec 1.2
+        ("beitv2-large", 336_728_512),
+        ("vit-base", 86_567_656),  # timm vit_base_patch16_224 with 1000 classes
+    ],
+)
+def test_the_model_of_a_recipe_is_as_large_as_published(name, published, capsys):
+    assert cli.execute(["pretrain", "--recipe", name, "--dry-run", "--json"]) == 0
+    parts = json.loads(capsys.readouterr().out)["pretrain"]["parameters"]
+    heads = (
+        2 * (768 + 1) if name == "vit-base" else 0
+    )  # two classes stand for those of data that are not here
+    whole = 1000 * (768 + 1) if name == "vit-base" else 0
+    assert parts["total"] - heads + whole == published
 
 
 @pytest.fixture
