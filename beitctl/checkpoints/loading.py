@@ -79,8 +79,7 @@ def state_in(stored: Stored, name: str) -> dict[str, Tensor]:
     if name not in named:
         raise UserError(f"no format '{name}'; there are {', '.join(named)}")
     try:
-        held = {**stored.unread, **stored.tensors}
-        table = named[name].table(stored.model, {key: value.shape for key, value in held.items()})
+        table = named[name].table(stored.model, {key: value.shape for key, value in stored.tensors.items()})
     except ValueError as error:
         raise UserError(f"{stored.folder}: cannot be written as {name}: {error}") from error
     untold = mapping.untold(table, stored.tensors)
@@ -90,7 +89,7 @@ def state_in(stored: Stored, name: str) -> dict[str, Tensor]:
             f"{' ...' if len(untold) > 8 else ''}"
         )
     found = mapping.write(table, stored.tensors, stored.unread)
-    lacking = mapping.problems(table, found)
+    lacking = [text for text in mapping.problems(table, found) if text.startswith("missing ")]
     if lacking:
         raise UserError(f"{stored.folder}: cannot be written as {name}: {'; '.join(lacking[:8])}")
     return found
