@@ -139,8 +139,8 @@ def attend(qkv: Tensor, layout: Layout, heads: int, biases: list[Tensor] | None 
     ``biases`` holds the (H, M, M) that is added to the logits of every grid.
     """
     total, triple = qkv.shape
-    if total == 0:
-        return qkv[:, : triple // 3]
+    if total == 0:  # zeros that read the biases: FSDP needs the gradient of their table on every rank
+        return qkv[:, : triple // 3] + sum((bias.sum() for bias in biases or []), qkv.new_zeros(()))
     slots = _Gather.apply(qkv, layout.gather, layout.slots)
     contexts = []
     parts = slots.split([grid.sequences * grid.longest for grid in layout.grids])

@@ -9,6 +9,7 @@ Pictures as in BEiT (arXiv:2106.08254), texts and pairs as in VLMo's code. The r
 Letters: h, w patches along the sides, L longest text, P tokens of a picture, M tokens of a sequence, H heads.
 """
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +41,7 @@ def table_rows(config: ModelConfig) -> int:
     return picture_rows(config.grid) + text
 
 
+@cache
 def picture_index(grid: tuple[int, int]) -> Ints:
     """(P, P) row of the table for every pair of a picture's tokens."""
     h, w = grid
@@ -81,9 +83,10 @@ class RelativeBias(nn.Module):
         self.table = nn.Parameter(torch.empty(table_rows(config), config.heads))
 
     def forward(self, layout: "Layout") -> list[Tensor]:
-        """Biases (H, M, M) of every grid of a layout."""
-        return [
+        """Biases (H, M, M) of every grid of a layout; of a layout without sequences the table, (H, rows, 1)."""
+        found = [
             F.embedding(grid.relative, self.table).permute(2, 0, 1)
             for grid in layout.grids
             if grid.relative is not None
         ]
+        return found or [self.table.T[:, :, None]]

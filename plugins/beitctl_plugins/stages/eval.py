@@ -24,6 +24,8 @@ class Eval(Plugin):
 
     model: str
     """The model: ``@pretrain``, ``@finetune.retrieval`` or a folder with model.safetensors."""
+    model_settings: dict[str, Any] = Field(default_factory=dict)
+    """What a file of another library does not say, such as ``{ heads = 12 }``."""
     protocol: Literal["knn", "zero-shot-retrieval", "task"]
     """``knn``: labels by the nearest training pictures; ``zero-shot-retrieval``: how well a pretrained model
     predicts a caption's words from a picture; ``task``: the metrics of the fine-tuned task."""
@@ -72,7 +74,7 @@ class Eval(Plugin):
         from beitctl.engine import dist
 
         ranks = dist.start()
-        stored = read_model(job.path(self.model))
+        stored = read_model(job.path(self.model), self.model_settings)
         metrics = {"knn": self._knn, "zero-shot-retrieval": self._zero_shot, "task": self._task}[
             self.protocol
         ](stored, job, ranks.device)

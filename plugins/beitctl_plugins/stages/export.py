@@ -19,6 +19,8 @@ class Export(Plugin):
 
     model: str
     """The model: ``@pretrain``, ``@finetune.retrieval`` or a folder with model.safetensors."""
+    model_settings: dict[str, Any] = Field(default_factory=dict)
+    """What a file of another library does not say, such as ``{ heads = 12 }``."""
     format: Literal["beitctl"] = "beitctl"
     """``beitctl``: model.safetensors and config.json, read by ``beitctl.load_model``."""
     tolerance: float = Field(default=1e-5, ge=0)
@@ -38,13 +40,13 @@ class Export(Plugin):
         if not ranks.main:
             ranks.barrier()
             return {}
-        stored = read_model(job.path(self.model))
+        stored = read_model(job.path(self.model), self.model_settings)
         folder = job.folder / "export"
         save_model(
             folder, stored.tensors, stored.model, task=stored.task, labels=stored.labels,
             tokenizer=stored.text_tokenizer(), unread=stored.unread,
         )  # fmt: skip
-        before, after = load_model(stored.folder), load_model(folder)
+        before, after = load_model(stored.folder, **self.model_settings), load_model(folder)
         difference = max(
             float((a - b).abs().max())
             for a, b in zip(_probe(before, stored.model), _probe(after, stored.model), strict=True)

@@ -36,6 +36,8 @@ class Finetune(Plugin):
     """Take only the model's shape from ``init`` and begin with random weights: the control experiment."""
     init_settings: dict[str, Any] = Field(default_factory=dict)
     """What the file of ``init`` does not say, such as ``{ heads = 12 }``."""
+    text_tokenizer: str = ""
+    """Text tokenizer where ``init`` brings none, as official files do: a run or a .spm file."""
     image_px: int = Field(default=0, ge=0)
     """Side of the picture in pixels; 0: as pretrained. Positions are resampled."""
     drop_path: float | None = Field(default=None, ge=0, lt=1)
@@ -113,7 +115,8 @@ class Finetune(Plugin):
 
         config = self._config(stored.model)
         weights = adapted(stored.tensors, stored.model, config)
-        examples, tokenizer = self.source.open(), stored.text_tokenizer()
+        examples = self.source.open()
+        tokenizer = shared.open_text(job, self.text_tokenizer) or stored.text_tokenizer()
         labels = tuple(sorted({e.label for e in (examples[i] for i in range(len(examples))) if e.label}))
         tools = Tools(config, tokenizer, labels=labels, pictures=shared.pictures())
 
