@@ -4,15 +4,17 @@ Only tensors and JSON are ever read; nothing that a file names is run.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
-from beitctl.checkpoints.pickled import Entry, Module, Odd, Other, opened
+from beitctl.checkpoints.pickled import ZIP, Entry, Module, Odd, Other, opened
 from beitctl.errors import DataError
 
 FOLDER = (
@@ -21,8 +23,8 @@ FOLDER = (
 """Files that a folder's weights are looked for in, first one first."""
 WRAPPERS = ("model", "module", "state_dict")
 """Keys under which training code keeps the state dict; the first that holds tensors is it."""
-PARALLEL = "module."
-"""What DistributedDataParallel puts before every name."""
+AROUND = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name."""
 LFS = b"version https://git-lfs"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WHOLE = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
@@ -31,6 +33,8 @@ SHOWN = 10
 """Names that a message lists before it says how many more there are."""
 KINDS = {Entry: "tensor", Odd: "tensor", Module: "module", Other: "object"}
 """What messages call the stand-ins."""
+LONGEST = 200
+"""Characters of a path that the system refuses which a message shows."""
 DEPTH = 8
 """Deepest nesting of wrappers or modules that is followed; a damaged file may hold itself."""
 
@@ -38,12 +42,13 @@ DEPTH = 8
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a weight file or folder by their names, on the CPU; floating ones as fp32.
 
-    Wrappers (``model``, ``module``, ``state_dict``) are opened, and DistributedDataParallel's ``module.`` is
-    taken off. A file of ``torch.save`` may also be OpenAI's ``encoder.pkl``, which is a whole module.
+    Wrappers (``model``, ``module``, ``state_dict``) are opened, and what DistributedDataParallel and
+    torch.compile put before every name is taken off. A file of ``torch.save`` may also be OpenAI's
+    ``encoder.pkl``, which is a whole module.
 
     Args:
-        path: ``.safetensors``, an index of shards ``.index.json``, a file of ``torch.save`` under any other
-            name, or a folder with one of ``FOLDER``.
+        path: safetensors or a file of ``torch.save``, told apart by how they begin; an index of shards
+            ``.index.json``; a folder with one of ``FOLDER``.
 
     Raises:
         DataError: there is no such file; it is empty, cut short, a Git LFS pointer or of another kind; it
@@ -52,9 +57,41 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         path = _in_folder(path)
     found = _shards(path) if path.name.endswith(".index.json") else _one(path)
-    if found and all(name.startswith(PARALLEL) for name in found):
-        return {name.removeprefix(PARALLEL): tensor for name, tensor in found.items()}
+    while prefix := next((p for p in AROUND if found and all(name.startswith(p) for name in found)), ""):
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     return found
+
+
+def located(path: Path | str) -> Path:
+    """A path with ``~`` replaced.
+
+    Raises:
+        DataError: it names a user that does not exist.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path}: there is no such user; give the whole path") from error
+
+
+@contextmanager
+def looked_at(path: Path) -> Iterator[None]:
+    """Turn what the system says against a path into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        name = str(path) if len(str(path)) <= LONGEST else f"{str(path)[:LONGEST]} ..."
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def safetensors_in(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file as they are stored."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # safetensors opens no such name
+        return load(path.read_bytes())
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _in_folder(folder: Path) -> Path:
@@ -68,7 +105,7 @@ def _in_folder(folder: Path) -> Path:
 
 def _shards(index: Path) -> dict[str, Tensor]:
     """Tensors of several files, as their index lists them."""
-    _check_file(index)
+    check_file(index)
     try:
         places = json.loads(index.read_bytes())["weight_map"]
         files = {str(file) for file in places.values()}
@@ -94,13 +131,22 @@ def _shards(index: Path) -> dict[str, Tensor]:
 
 def _one(path: Path) -> dict[str, Tensor]:
     """Tensors of one file, its wrappers opened."""
-    _check_file(path)
-    return _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    start = check_file(path)
+    told = start[8:9] == b"{" and not start.startswith(ZIP)  # the length of a header, then the header
+    named = path.suffix == ".safetensors" and not start.startswith(ZIP)
+    return _safetensors(path) if told or named else _pickled(path)
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> bytes:
+    """The first bytes of a file with content.
+
+    Raises:
+        DataError: there is no such file; it is empty, a Git LFS pointer, or no file but a pipe or a device.
+    """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"{path}: a pipe or a device; name a file")
     try:
         with path.open("rb") as stream:
             start = stream.read(len(LFS))
@@ -113,12 +159,12 @@ def _check_file(path: Path) -> None:
             f"{path}: a Git LFS pointer, not the weights; run 'git lfs pull' in its repository, "
             "or download the file"
         )
+    return start
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = safetensors_in(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(
             f"{path}: cannot be read as safetensors ({error}); "
@@ -132,7 +178,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     with opened(path) as file:
         state = _state_dict(file.tree, path)
         strange = [
-            f"{name!s:.80} ({_kind(value)})"
+            f"{_shown(name)} ({_kind(value)})"
             for name, value in state.items()
             if not isinstance(name, str) or not isinstance(value, Entry | Odd)
         ]
@@ -148,7 +194,11 @@ def _pickled(path: Path) -> dict[str, Tensor]:
 def _state_dict(tree: Any, path: Path) -> dict[Any, Any]:
     found = _unwrapped(tree)
     if not found:
-        keys = f" with the keys {_some([f'{key!s:.80}' for key in tree])}" if isinstance(tree, dict) else ""
+        keys = (
+            f" with the keys {_some([_shown(key) for key in tree])}"
+            if tree and isinstance(tree, dict)
+            else ""
+        )
         raise DataError(
             f"{path}: no tensors inside; found {_kind(tree)}{keys}. Expected a state dict, alone or under "
             f"one of {', '.join(WRAPPERS)}"
@@ -199,6 +249,11 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _kind(value: Any) -> str:
     return KINDS.get(type(value)) or type(value).__name__.strip("_").lower()
+
+
+def _shown(name: Any) -> str:
+    """A name that may be no text: that of a tensor in a damaged or foreign file."""
+    return f"{name!s:.80}" if isinstance(name, str | int) else "a name that is no text"
 
 
 def _some(names: list[str]) -> str:

@@ -1,8 +1,9 @@
 """``beitctl.load_model``: any file of the family to a module, whatever library wrote it."""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,15 @@ from beitctl.checkpoints import files, mapping, native
 from beitctl.checkpoints.adapt import adapted
 from beitctl.checkpoints.formats import FORMATS
 from beitctl.checkpoints.models import model_with
-from beitctl.checkpoints.native import Stored, fit
+from beitctl.checkpoints.native import Stored, check_finite, fit
+from beitctl.checkpoints.settings import HINTS, mistyped, unknown
 from beitctl.config import ModelConfig
 from beitctl.errors import DataError, UserError
 from beitctl.model.multiway import Encoded, Multiway
+from beitctl.problems import suggest
+
+UNSAID = ("drop_path", "init", "pixels", "text_first")
+"""Settings that change no tensor, so that no file need say them."""
 
 
 def read_model(path: Path | str, settings: Mapping[str, Any] | None = None) -> Stored:
@@ -29,28 +35,84 @@ def read_model(path: Path | str, settings: Mapping[str, Any] | None = None) -> S
         settings: what the file does not say, such as ``heads``.
 
     Raises:
-        DataError: it cannot be read, its format is unknown, or tensors are missing, left over or of other
-        shapes. UserError: a setting is needed that the file does not say.
+        DataError: it cannot be read, its format is unknown, tensors are missing, left over or of other
+            shapes, or values are not finite.
+        UserError: a setting is needed that the file does not say, does not exist, or is not what it says.
     """
-    path = Path(path).expanduser()
-    if native.is_native(path) or (path.is_dir() and not any((path / name).exists() for name in files.FOLDER)):
-        return native.read_model(path)
-    state = files.read_tensors(path)
+    path, settings = files.located(path), _typed(settings or {}, str(path))
+    stored = _read(path, settings)
+    config = _changed(stored, settings)
+    before, after = (asdict(model) | {"image_px": model.size} for model in (stored.model, config))
+    against = [name for name in settings if name not in UNSAID and before[name] != after[name]]
+    if against:
+        listed = "; ".join(f"{name} is {before[name]!r}, not {after[name]!r}" for name in against)
+        raise UserError(
+            f"{path}: says otherwise than the settings given with it ({listed}); leave them out: they are "
+            f"for what a file does not say{_beside(path)}"
+        )
+    return replace(stored, model=config)
+
+
+def _typed(settings: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The settings, if they exist and have the types that they must have.
+
+    Raises:
+        UserError: they do not; lists them.
+    """
+    if strange := unknown(settings):
+        raise UserError(f"{where}: unknown settings {', '.join(strange)}{suggest(strange[0], HINTS)}")
+    if wrong := mistyped(settings):
+        raise UserError(f"{where}: {'; '.join(wrong)}")
+    return settings
+
+
+def _changed(stored: Stored, settings: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return replace(stored.model, **settings)
+    except ValueError as error:
+        raise UserError(f"{stored.folder}: {error}") from error
+
+
+def _read(path: Path, settings: Mapping[str, Any]) -> Stored:
+    """A model file as it is; settings are read where it says nothing."""
+    with files.looked_at(path):
+        if native.is_native(path) or (path.is_dir() and not any((path / n).exists() for n in files.FOLDER)):
+            stored = native.read_model(path)
+        else:
+            stored = _translated(path, files.read_tensors(path), settings)
+    check_finite(stored.tensors, path)
+    return stored
+
+
+def _translated(path: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Stored:
+    """The model that the tensors of another library are."""
     found = [form for form in FORMATS if form.matches(state)]
     if not found:
         shown = ", ".join(sorted(state)[:6])
+        own = "model.vision_embed.cls_token" in state
         raise DataError(
             f"{path}: not a model of this family that beitctl knows ({len(state)} tensors: {shown} ...); "
             f"it reads beitctl's own folders and {', '.join(form.name for form in FORMATS)}"
+            + (f". These tensors are beitctl's, which needs the {native.CONFIG} beside them" if own else "")
         )
     form = found[0]
     try:
-        config = form.config(state, _note(path), settings or {})
+        config = form.config(state, _note(path), settings)
         table = form.table(config, {name: value.shape for name, value in state.items()})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    except (TypeError, ArithmeticError) as error:  # the settings have their types, the note may have any
+        raise DataError(
+            f"{path}: looks like {form.name}, but the {native.CONFIG} beside it is not that of such a model "
+            f"({error}); put the right one there, or none"
+        ) from error
     except ValueError as error:
-        raise DataError(f"{path}: looks like {form.name}, but {error}") from error
+        if any(re.search(rf"\b{name} \(", str(error)) for name in settings):
+            raise UserError(f"{path}: {error}") from error
+        beside = "" if native.CONFIG in str(error) else _beside(path)
+        raise DataError(f"{path}: looks like {form.name}, but {error}{beside}") from error
+    if wrong := mistyped(asdict(config)):
+        raise DataError(f"{path}: looks like {form.name}, but {'; '.join(wrong)}{_beside(path)}")
     problems = mapping.problems(table, state)
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -61,12 +123,20 @@ def read_model(path: Path | str, settings: Mapping[str, Any] | None = None) -> S
 
 def _note(path: Path) -> dict[str, Any]:
     """The ``config.json`` beside a file, as transformers and timm write it; empty if there is none."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    file = (path if path.is_dir() else path.parent) / native.CONFIG
     try:
         note = json.loads(file.read_text()) if file.is_file() else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         note = {}
     return note if isinstance(note, dict) else {}
+
+
+def _beside(path: Path) -> str:
+    """What a message adds where another file may be the cause."""
+    note = _note(path)
+    if not note or note.get("library") == "beitctl":
+        return ""
+    return f"; a {native.CONFIG} is beside it: is that of another model?"
 
 
 def state_in(stored: Stored, name: str) -> dict[str, Tensor]:
@@ -124,6 +194,19 @@ class TaskModel(nn.Module):
         return self.task.output(encoded, group, self.heads)
 
 
+def changed(stored: Stored, config: ModelConfig, *, grown: bool = False) -> dict[str, Tensor]:
+    """Tensors of a model file for other settings: ``beitctl.checkpoints.adapt``, with the file in errors.
+
+    Raises:
+        UserError: settings differ that cannot be changed; lists them.
+        DataError: tensors are not what the settings beside them say.
+    """
+    try:
+        return adapted(stored.tensors, stored.model, config, grown=grown)
+    except (UserError, DataError) as error:
+        raise type(error)(f"{stored.folder}: {error}{_beside(stored.folder)}") from error
+
+
 def load_model(path: str | Path, **settings: Any) -> nn.Module:
     """Load a model in eval mode: a ``Multiway``, or with heads a module that gives their output.
 
@@ -139,23 +222,24 @@ def load_model(path: str | Path, **settings: Any) -> nn.Module:
         DataError: the file cannot be read or does not fit; lists what is missing or left over.
         UserError: a setting that does not exist, is needed, or cannot be changed.
     """
-    unknown = sorted(set(settings) - {item.name for item in fields(ModelConfig)})
-    if unknown:
-        raise UserError(f"load_model: unknown settings {', '.join(unknown)}")
-    stored = read_model(path, settings)
-    try:
-        config = replace(stored.model, **settings)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    tensors = adapted(stored.tensors, stored.model, config)
+    stored = _read(files.located(path), _typed(settings, "load_model"))
+    config = _changed(stored, settings)
+    tensors = changed(stored, config)
     shapes = {k.removeprefix("heads."): v.shape for k, v in tensors.items() if k.startswith("heads.")}
-    model: nn.Module | None = model_with(config, shapes) if shapes else Multiway(config)
+    try:
+        model: nn.Module | None = model_with(config, shapes) if shapes else Multiway(config)
+    except LookupError as error:
+        listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in sorted(shapes.items()))
+        raise DataError(f"{stored.folder}: its heads are damaged: {listed}") from error
     if model is not None:
         fit(tensors, model, "" if shapes else "model.", stored.folder)
         return model.eval()
     task = stored.open_task()
     if task is None:
-        raise DataError(f"{stored.folder}: holds heads that no model has: {', '.join(sorted(shapes)[:8])}")
+        raise DataError(
+            f"{stored.folder}: holds heads that no model has: {', '.join(sorted(shapes)[:8])}; remove the "
+            "tensors of all heads but one from the file"
+        )
     heads = nn.ModuleDict(task.heads(Tools(config, labels=stored.labels)))
     body = Multiway(config)
     fit(tensors, body, "model.", stored.folder)

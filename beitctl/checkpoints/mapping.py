@@ -161,8 +161,8 @@ def problems(table: Table, state: Mapping[str, Tensor]) -> list[str]:
         for name, shape in zip(pair.theirs, pair.shapes, strict=True):
             if name not in state:
                 found.append(f"missing {name}")
-            elif tuple(state[name].shape) != shape:
-                found.append(f"{name} is {tuple(state[name].shape)}, expected {shape}")
+            else:
+                found += _unlike(name, state[name], shape, pair)
     for made in table.made:
         if (
             made.theirs in state
@@ -174,6 +174,15 @@ def problems(table: Table, state: Mapping[str, Tensor]) -> list[str]:
             found.append(f"missing {made.theirs}")
     left = [name for name in state if name not in known and not name.startswith(table.dropped)]
     return found + [f"left over {name}" for name in sorted(left)]
+
+
+def _unlike(name: str, tensor: Tensor, shape: Shape, pair: Pair) -> list[str]:
+    """What keeps a tensor from being one of a pair."""
+    if tuple(tensor.shape) != shape:
+        return [f"{name} is {tuple(tensor.shape)}, expected {shape}"]
+    if tensor.is_floating_point() or pair.ours[0].startswith(UNREAD):
+        return []
+    return [f"{name} is {tensor.dtype}, expected floating numbers (quantised weights are not read)"]
 
 
 def read(table: Table, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

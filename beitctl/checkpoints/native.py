@@ -4,19 +4,25 @@ Only tensors and JSON are ever read. ``beitctl.checkpoints.loading`` reads other
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beitctl import registry
-from beitctl.checkpoints.files import read_tensors
+from beitctl.checkpoints.files import FLOATS, check_file, located, looked_at, read_tensors, safetensors_in
+from beitctl.checkpoints.settings import mistyped, unknown
 from beitctl.config import ModelConfig
 from beitctl.errors import DataError, UserError
+from beitctl.model.multiway import Multiway
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -46,7 +52,14 @@ class Stored:
         if self.task is None:
             return None
         table = dict(self.task)
-        return registry.get("beitctl.tasks", table.pop("kind")).model_validate(table)
+        task = registry.get("beitctl.tasks", table.pop("kind"))
+        try:
+            return task.model_validate(table)
+        except ValidationError as error:
+            listed = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise DataError(
+                f"{self.folder / CONFIG}: not a task that this beitctl knows ({listed}); update beitctl"
+            ) from error
 
     def text_tokenizer(self) -> Any:
         """The text tokenizer beside the weights, or None."""
@@ -68,7 +81,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     whole = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
     whole |= {UNREAD + name: value.cpu().contiguous() for name, value in (unread or {}).items()}
-    save_file(whole, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
+    save_file(_apart(whole), folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
     (folder / f"{WEIGHTS}.tmp").replace(folder / WEIGHTS)
     note = {
         "format": FORMAT,
@@ -82,11 +95,21 @@ def save_model(
         tokenizer.save(folder / "tokenizer")
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, as safetensors wants them: a file may tie one to another."""
+    seen: set[int] = set()
+    found = {}
+    for name, value in tensors.items():
+        found[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return found
+
+
 def is_native(path: Path) -> bool:
     """Whether a path is one of beitctl's own models, or a folder that should hold one and does not."""
     for folder in (path.parent if path.name == WEIGHTS else path, path / "weights"):
         if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
-            return '"library": "beitctl"' in (folder / CONFIG).read_text(errors="replace")
+            return '"library":"beitctl"' in re.sub(r"\s", "", (folder / CONFIG).read_text(errors="replace"))
     return False
 
 
@@ -106,14 +129,14 @@ def read_model(path: Path | str) -> Stored:
     """Read a model file.
 
     Raises:
-        DataError: missing, truncated, or not a file of tensors; a later format.
+        DataError: missing, truncated, or not a file of tensors; a later format; tensors of the model's body
+            are missing, left over or of other shapes.
     """
     folder = find_model(Path(path))
     try:
         note = json.loads((folder / CONFIG).read_text())
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
+        tensors = {name: _plain(value) for name, value in safetensors_in(folder / WEIGHTS).items()}
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise DataError(f"{folder}: cannot be read ({error}); copy or export it again") from error
     version = note.get("format") if isinstance(note, dict) else None
     if version != FORMAT:
@@ -122,23 +145,63 @@ def read_model(path: Path | str) -> Stored:
         unread = {
             name.removeprefix(UNREAD): tensors.pop(name) for name in list(tensors) if name.startswith(UNREAD)
         }
-        strange = sorted(set(note["model"]) - {item.name for item in fields(ModelConfig)})
-        if strange:
+        if strange := unknown(note["model"]):
             raise DataError(f"{folder / CONFIG}: unknown model settings {', '.join(strange)}; update beitctl")
-        return Stored(
+        if wrong := [*mistyped(note["model"]), *_mistyped(note)]:
+            raise ValueError("; ".join(wrong))
+        found = Stored(
             folder, ModelConfig(**note["model"]), tensors, note["task"], tuple(note["labels"]), unread
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / CONFIG}: damaged ({error}); copy or export it again") from error
+    with torch.device("meta"):
+        body = nn.ModuleDict({"model": Multiway(found.model)})
+    _check_fit({k: v for k, v in tensors.items() if not k.startswith("heads.")}, body, folder)
+    return found
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in FLOATS else tensor
+
+
+def _mistyped(note: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the types of the other keys of a configuration."""
+    task, labels = note["task"], note["labels"]
+    if task is not None and not (isinstance(task, dict) and isinstance(task.get("kind"), str)):
+        yield "task must be a table with kind, or null"
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        yield "labels must be a list of texts"
 
 
 def fit(tensors: Mapping[str, Tensor], module: nn.Module, prefix: str, origin: Path) -> None:
     """Load the tensors whose names begin with ``prefix`` into a module, all of them and no more.
 
     Raises:
-        DataError: names or shapes differ; lists them.
+        DataError: names or shapes differ, or values are no numbers; lists them.
     """
     mine = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    _check_fit(mine, module, origin)
+    check_finite(mine, origin)
+    module.load_state_dict(mine)
+
+
+def check_finite(tensors: Mapping[str, Tensor], origin: Path) -> None:
+    """Refuse weights that no model can be run with.
+
+    Raises:
+        DataError: values are not finite; lists the tensors.
+    """
+    sums = {name: value.sum() for name, value in tensors.items() if value.is_floating_point()}
+    bad = [name for name, value in sums.items() if not isfinite(float(value))]
+    if bad:
+        raise DataError(
+            f"{origin}: {len(bad)} tensors hold values that are not finite numbers: {', '.join(bad[:8])}"
+            f"{' ...' if len(bad) > 8 else ''}. The training diverged or the file is damaged: take an "
+            "earlier checkpoint, or download it again"
+        )
+
+
+def _check_fit(mine: Mapping[str, Tensor], module: nn.Module, origin: Path) -> None:
     own = module.state_dict()
     problems = [f"missing {name}" for name in sorted(set(own) - set(mine))]
     problems += [f"left over {name}" for name in sorted(set(mine) - set(own))]
@@ -147,9 +210,14 @@ def fit(tensors: Mapping[str, Tensor], module: nn.Module, prefix: str, origin: P
         for name in sorted(set(own) & set(mine))
         if mine[name].shape != own[name].shape
     ]
+    problems += [
+        f"{name} is {mine[name].dtype}, expected {own[name].dtype}"
+        for name in sorted(set(own) & set(mine))
+        if mine[name].is_floating_point() != own[name].is_floating_point()
+    ]
     if problems:
-        raise DataError(f"{origin}: does not fit the model: {'; '.join(problems[:12])}")
-    module.load_state_dict(mine)
+        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise DataError(f"{origin}: does not fit the model: {'; '.join(problems[:12])}{more}")
 
 
 def load_tokenizer(path: str | Path, *, heads: int | None = None) -> Any:
@@ -164,14 +232,17 @@ def load_tokenizer(path: str | Path, *, heads: int | None = None) -> Any:
         DataError: there is no tokenizer, or it cannot be read.
         UserError: ``heads`` does not fit, or is given for another tokenizer.
     """
-    path = Path(path)
-    kind, place = _tokenizer_at(path)
-    load = registry.get("beitctl.tokenizers", kind).load
-    if heads is None:
-        return load(place)
-    if kind != "vqkd":
-        raise UserError(f"{path}: heads={heads} is a setting of VQ-KD files alone, this is '{kind}'")
-    return load(place, heads)
+    path = located(path)
+    if heads is not None and (wrong := mistyped({"heads": heads})):
+        raise UserError(f"load_tokenizer: {wrong[0]}")
+    with looked_at(path):
+        kind, place = _tokenizer_at(path)
+        load = registry.get("beitctl.tokenizers", kind).load
+        if heads is None:
+            return load(place)
+        if kind != "vqkd":
+            raise UserError(f"{path}: heads={heads} is a setting of VQ-KD files alone, this is '{kind}'")
+        return load(place, heads)
 
 
 def _tokenizer_at(path: Path) -> tuple[str, Path]:
@@ -182,14 +253,20 @@ def _tokenizer_at(path: Path) -> tuple[str, Path]:
         note = folder / "tokenizer.json"
         if note.is_file():
             try:
-                return json.loads(note.read_text())["kind"], folder
-            except (ValueError, KeyError, TypeError) as error:
+                kind = json.loads(note.read_text())["kind"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(f"{note}: not the note of a tokenizer ({error})") from error
+            if not isinstance(kind, str):
+                raise DataError(f"{note}: not the note of a tokenizer (kind is {kind!r:.80}, not a text)")
+            return kind, folder
+    if not path.is_dir():
+        check_file(path)
     raise DataError(f"{path}: no tokenizer here; expected tokenizer.json in it or in its folder tokenizer/")
 
 
 def _kind_of_file(path: Path) -> str:
     if path.suffix in (".spm", ".model"):
+        check_file(path)
         return "sentencepiece"
     state = read_tensors(path)
     for name, kind in TOKENIZER_FILES.items():

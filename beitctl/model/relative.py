@@ -83,7 +83,7 @@ class RelativeBias(nn.Module):
         self.table = nn.Parameter(torch.empty(table_rows(config), config.heads))
 
     def forward(self, layout: "Layout") -> list[Tensor]:
-        """Biases (H, M, M) of every grid of a layout; of a layout without sequences the table, (H, rows, 1)."""
+        """Biases (H, M, M) of every grid of a layout; without a sequence the table, (H, rows, 1)."""
         found = [
             F.embedding(grid.relative, self.table).permute(2, 0, 1)
             for grid in layout.grids

@@ -53,6 +53,10 @@ def test_ids_follow_the_layout_of_xlm_r(trained):
     assert tokenizer.pieces([0, 1, 2, 3, 4, 51]) == ["<s>", "<pad>", "</s>", "<unk>", pieces[3], "<mask>"]
 
 
+def test_ids_that_only_a_model_with_more_rows_says_are_written_as_numbers(trained):
+    assert load_tokenizer(trained[0]).pieces([0, 52, 70]) == ["<s>", "<52>", "<70>"]
+
+
 def test_every_piece_from_three_on_is_shifted_by_one(trained):
     tokenizer = load_tokenizer(trained[0])
     raw = tokenizer.processor.encode("a small dog")

@@ -47,19 +47,23 @@ class Export(Plugin):
             tokenizer=stored.text_tokenizer(), unread=stored.unread,
         )  # fmt: skip
         before, after = load_model(stored.folder, **self.model_settings), load_model(folder)
-        difference = max(
-            float((a - b).abs().max())
-            for a, b in zip(_probe(before, stored.model), _probe(after, stored.model), strict=True)
-        )
+        difference = _largest(_probe(before, stored.model), _probe(after, stored.model))
         ranks.barrier()
         job.log.note(f"exported to {folder}, largest difference after reloading {difference:.1e}")
-        if difference > self.tolerance:
+        if not difference <= self.tolerance:
             raise CheckFailed(
                 f"outputs differ by {difference:.2e} after reloading (tolerance {self.tolerance:.0e})"
             )
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         parameters = sum(value.numel() for value in stored.tensors.values())
         return {"max_difference": difference, "parameters": parameters, "bytes": size}
+
+
+def _largest(before: "list[torch.Tensor]", after: "list[torch.Tensor]") -> float:
+    """Largest difference of two lists of outputs; NaN if there is one in either."""
+    import torch
+
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(before, after, strict=True)]).max())
 
 
 def _probe(model: Any, config: Any) -> "list[torch.Tensor]":

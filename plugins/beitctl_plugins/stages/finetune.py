@@ -107,23 +107,22 @@ class Finetune(Plugin):
     def _once(
         self, stored: "Stored", seed: int, *, first: bool, ranks: "Ranks", job: Job
     ) -> Mapping[str, float]:
-        from beitctl.checkpoints.adapt import adapted
+        from beitctl.checkpoints.loading import changed
         from beitctl.data.loader import Stream
         from beitctl.engine.learner import Objective
         from beitctl.model.init import initial
         from beitctl_plugins.stages import shared
 
         config = self._config(stored.model)
-        weights = adapted(stored.tensors, stored.model, config)
+        weights = {} if self.from_scratch else changed(stored, config)
         examples = self.source.open()
         tokenizer = shared.open_text(job, self.text_tokenizer) or stored.text_tokenizer()
         labels = tuple(sorted({e.label for e in (examples[i] for i in range(len(examples))) if e.label}))
         tools = Tools(config, tokenizer, labels=labels, pictures=shared.pictures())
 
         def value(name: str, shape: Any) -> Any:
-            known = None if self.from_scratch else weights.get(name)
-            usable = known is not None and known.shape == shape and name.startswith("model.")
-            return known if usable else initial(name, shape, config, seed)
+            known = shared.given(weights, name, shape) if name.startswith("model.") else None
+            return initial(name, shape, config, seed) if known is None else known
 
         learner = shared.build(
             config, [Objective("task", self.task)], {"task": tools}, ranks, self.train.precision, value

@@ -1,10 +1,10 @@
 """The stage ``pretrain``."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from beitctl.api import Job, Plugin, SourceField, TaskField, Tools
 from beitctl.config import ModelConfig, TrainConfig
@@ -51,12 +51,26 @@ class Pretrain(Plugin):
     expect_codes: int = Field(default=8192, ge=2)
     """Codes of the image tokenizer, for the plan of a run whose token store does not exist yet."""
     init: str = ""
-    """Weights to begin with: ``@pretrain.vision``, a folder or a file; what they have not begins at
-    random."""
+    """Weights to begin with: ``@pretrain.vision``, a folder or a file; what they have not, and heads of
+    another size, begin at random."""
     init_settings: dict[str, Any] = Field(default_factory=dict)
     """What the file of ``init`` does not say, such as ``{ heads = 12 }``."""
     frozen: list[str] = Field(default_factory=list)
     """Parts of names of parameters that are not trained, such as ``attention`` or ``ffn.vision``."""
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Pretrain":
+        for name, table in self.objectives.items():
+            fitted = getattr(table.task, "fitted", None)
+            wanted = asdict(fitted(self.model) if callable(fitted) else self.model)
+            found = [key for key, value in asdict(self.model).items() if wanted[key] != value]
+            if found:
+                listed = ", ".join(f"{key} = {str(wanted[key]).lower()}" for key in found)
+                raise ValueError(
+                    f"objectives.{name}: its task reads a model with {listed}; set that in model, or change "
+                    "the task (classification: pool)"
+                )
+        return self
 
     @classmethod
     def smoke(cls, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +144,8 @@ class Pretrain(Plugin):
         config, seed, known = self.model, self.train.seed, self._start(job)
 
         def value(name: str, shape: Any) -> Any:
-            return known[name] if name in known else initial(name, shape, config, seed)
+            begun = shared.given(known, name, shape)
+            return initial(name, shape, config, seed) if begun is None else begun
 
         learner = shared.build(
             config, self._objectives(), dict.fromkeys(self.objectives, tools), ranks, self.train.precision,
@@ -151,13 +166,12 @@ class Pretrain(Plugin):
 
     def _start(self, job: Job) -> "dict[str, torch.Tensor]":
         """The tensors of ``init``, adapted to this model; empty without one."""
-        from beitctl.checkpoints.adapt import adapted
-        from beitctl.checkpoints.loading import read_model
+        from beitctl.checkpoints.loading import changed, read_model
 
         if not self.init:
             return {}
         stored = read_model(job.path(self.init), self.init_settings)
-        return adapted(stored.tensors, stored.model, self.model, grown=True)
+        return changed(stored, self.model, grown=True)
 
     def _labels(self) -> tuple[str, ...]:
         """Classes of the sources of objectives that learn them."""

@@ -83,6 +83,20 @@ def freeze(learner: MultiwayLearner, frozen: Sequence[str]) -> None:
         raise UserError("frozen: nothing is left to train")
 
 
+def given(known: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor | None:
+    """The weight that a parameter begins with; None if there is none, or if it is a head of another size.
+
+    Raises:
+        DataError: it belongs to the model's body and has another shape.
+    """
+    value = known.get(name)
+    if value is None or value.shape == shape:
+        return value
+    if name.startswith("heads."):
+        return None
+    raise DataError(f"init: {name} is {tuple(value.shape)}, this model needs {tuple(shape)}")
+
+
 def report_start(learner: MultiwayLearner, known: Mapping[str, Tensor], job: Job) -> None:
     """Say which parameters begin with given weights, which anew, and which weights found no place.
 
@@ -90,8 +104,8 @@ def report_start(learner: MultiwayLearner, known: Mapping[str, Tensor], job: Job
         UserError: not one of the weights fits.
     """
     shapes = {name: value.shape for name, value in learner.named_parameters()}
-    new = sorted(set(shapes) - set(known))
-    left = sorted(set(known) - set(shapes))
+    used = {name for name, shape in shapes.items() if given(known, name, shape) is not None}
+    new, left = sorted(set(shapes) - used), sorted(set(known) - used)
     if len(new) == len(shapes):
         raise UserError(f"init: none of its {len(known)} tensors belongs to this model")
     parts = [f"{len(shapes) - len(new)} parameters begin with the weights of init"]
@@ -109,8 +123,10 @@ def check_share(name: str, task: Any, samples: int, micro_samples: int, ranks: R
     """Contrastive losses compare all samples of a forward pass, on equal shares.
 
     Raises:
-        UserError: shares are not equal, or a step has several passes.
+        UserError: shares are not equal, a step has several passes, or there is nothing to compare.
     """
+    if task.layout == "dual" and samples < 2:
+        raise UserError(f"{name}: a contrastive task compares samples; it needs at least 2, found {samples}")
     if task.layout == "dual" and (samples % ranks.world or micro_samples):
         raise UserError(
             f"{name}: a contrastive task needs samples ({samples}) to be a multiple of the {ranks.world} "

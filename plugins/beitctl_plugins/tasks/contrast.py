@@ -114,11 +114,12 @@ def _match(
 
 
 def _drawn(logits: Tensor, own: Tensor, chance: Tensor) -> Tensor:
-    """One index for each row (n, all) of similarities, drawn by their softmax; never one's own."""
-    weights = logits.float().softmax(-1).scatter(1, own[:, None], 0.0)
-    ladder = weights.cumsum(-1)
+    """One index for each row (n, all) of similarities, drawn by the softmax of all but one's own."""
+    others = logits.float().scatter(1, own[:, None], float("-inf"))
+    ladder = others.softmax(-1).cumsum(-1)
     found = torch.searchsorted(ladder, chance[:, None] * ladder[:, -1:], right=True)
-    return found[:, 0].clamp(max=logits.shape[1] - 1)
+    found = found[:, 0].clamp(max=logits.shape[1] - 1)  # a chance may be rounded up to 1
+    return torch.where(found == own, (own + 1) % logits.shape[1], found)
 
 
 def _triples(encoded: Encoded, group: Group, wrong_picture: Tensor, wrong_text: Tensor) -> Packed:

@@ -39,8 +39,10 @@ def longest(setting: int, tools: Tools) -> int:
     """Longest text in tokens by a task's setting, where 0 stands for the model's.
 
     Raises:
-        UserError: the model reads no text as long.
+        UserError: the model reads no text as long, or no word has room.
     """
+    if setting == 1:
+        raise UserError("the task's text_tokens (1) must be 0 or at least 2: <s> and </s> take two")
     if setting > tools.model.text_tokens:
         raise UserError(f"the task's text_tokens ({setting}) exceed the model's ({tools.model.text_tokens})")
     return setting or tools.model.text_tokens

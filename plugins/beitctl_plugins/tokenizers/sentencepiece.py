@@ -40,8 +40,9 @@ class SentencePieceTokenizer:
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """How each id is written; for pictures and logs."""
+        """How each id is written, for pictures and logs; a model with more rows may say ids beyond."""
         names = {id: name for name, id in SPECIAL.items()} | {self.size - 1: "<mask>"}
+        names |= {int(id): f"<{int(id)}>" for id in ids if id >= self.size}
         return [names.get(int(id)) or self.processor.id_to_piece(int(id) - OFFSET) for id in ids]
 
     def starts(self, ids: Sequence[int]) -> list[bool]:
