@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -85,13 +85,30 @@ def looked_at(path: Path) -> Iterator[None]:
 
 
 def safetensors_in(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file as they are stored."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:  # safetensors opens no such name
-        return load(path.read_bytes())
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """Tensors of a safetensors file as they are stored.
+
+    Not ``safe_open``: it maps the file, so that a copy written over it ends the program with SIGBUS, and it
+    opens no names that are not UTF-8.
+    """
+    return load(path.read_bytes())
+
+
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """Watch a file while it is read.
+
+    Raises:
+        DataError: it was written to.
+    """
+    before = path.stat()
+    yield
+    after = path.stat()
+    if (before.st_ino, before.st_size, before.st_mtime_ns) != (
+        after.st_ino,
+        after.st_size,
+        after.st_mtime_ns,
+    ):
+        raise DataError(f"{path}: changed while it was read; wait until it is written, then try again")
 
 
 def _in_folder(folder: Path) -> Path:
@@ -134,7 +151,8 @@ def _one(path: Path) -> dict[str, Tensor]:
     start = check_file(path)
     told = start[8:9] == b"{" and not start.startswith(ZIP)  # the length of a header, then the header
     named = path.suffix == ".safetensors" and not start.startswith(ZIP)
-    return _safetensors(path) if told or named else _pickled(path)
+    with unchanged(path):
+        return _safetensors(path) if told or named else _pickled(path)
 
 
 def check_file(path: Path) -> bytes:
@@ -165,7 +183,7 @@ def check_file(path: Path) -> bytes:
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         found = safetensors_in(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
         raise DataError(
             f"{path}: cannot be read as safetensors ({error}); "
             "it may be cut short or of another kind: download or copy it again"

@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beitctl import registry
-from beitctl.checkpoints.files import FLOATS, check_file, located, looked_at, read_tensors, safetensors_in
+from beitctl.checkpoints.files import (
+    FLOATS,
+    check_file,
+    located,
+    looked_at,
+    read_tensors,
+    safetensors_in,
+    unchanged,
+)
 from beitctl.checkpoints.settings import mistyped, unknown
 from beitctl.config import ModelConfig
 from beitctl.errors import DataError, UserError
@@ -107,22 +115,29 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def is_native(path: Path) -> bool:
     """Whether a path is one of beitctl's own models, or a folder that should hold one and does not."""
-    for folder in (path.parent if path.name == WEIGHTS else path, path / "weights"):
+    for folder in _places(path):
         if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
             return '"library":"beitctl"' in re.sub(r"\s", "", (folder / CONFIG).read_text(errors="replace"))
     return False
 
 
 def find_model(path: Path) -> Path:
-    """The folder with ``model.safetensors`` that a path means: itself, its ``weights``, or that file.
+    """The folder with ``model.safetensors`` that a path means: one of ``_places``.
 
     Raises:
         DataError: there is none.
     """
-    for folder in (path.parent if path.name == WEIGHTS else path, path / "weights"):
+    for folder in _places(path):
         if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
             return folder
-    raise DataError(f"{path}: no model here; expected {WEIGHTS} and {CONFIG} in it or in its folder weights/")
+    raise DataError(
+        f"{path}: no model here; expected {WEIGHTS} and {CONFIG} in it or in its folder weights/ or export/"
+    )
+
+
+def _places(path: Path) -> tuple[Path, ...]:
+    """Folders that a path may mean: that of a file, itself, and what training and export leave in a run."""
+    return (path.parent if path.name == WEIGHTS else path, path / "weights", path / "export")
 
 
 def read_model(path: Path | str) -> Stored:
@@ -135,8 +150,9 @@ def read_model(path: Path | str) -> Stored:
     folder = find_model(Path(path))
     try:
         note = json.loads((folder / CONFIG).read_text())
-        tensors = {name: _plain(value) for name, value in safetensors_in(folder / WEIGHTS).items()}
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        with unchanged(folder / WEIGHTS):
+            tensors = {name: _plain(value) for name, value in safetensors_in(folder / WEIGHTS).items()}
+    except (OSError, ValueError, RecursionError, LookupError, SafetensorError) as error:
         raise DataError(f"{folder}: cannot be read ({error}); copy or export it again") from error
     version = note.get("format") if isinstance(note, dict) else None
     if version != FORMAT:
@@ -249,7 +265,7 @@ def _tokenizer_at(path: Path) -> tuple[str, Path]:
     """Kind of the tokenizer that a path means, and the file or folder to load."""
     if path.is_file():
         return _kind_of_file(path), path
-    for folder in (path, path / "tokenizer", path / "weights" / "tokenizer"):
+    for folder in (path, *(place / "tokenizer" for place in _places(path))):
         note = folder / "tokenizer.json"
         if note.is_file():
             try:

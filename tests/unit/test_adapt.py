@@ -12,6 +12,7 @@ from beitctl.checkpoints.adapt import adapted
 from beitctl.checkpoints.loading import load_model
 from beitctl.checkpoints.native import fit, save_model
 from beitctl.errors import DataError, UserError
+from beitctl.model.heads import Aggregation
 from beitctl.model.multiway import Multiway
 from beitctl.model.relative import picture_rows, table_rows
 
@@ -156,6 +157,37 @@ def test_heads_pass_whatever_their_names(grown):
     assert all(found[name] is value for name, value in heads.items())
 
 
+def bottleneck(config):
+    """Weights of extra blocks, as of BEiT v2."""
+    return weights(Aggregation(config, 1, 2), "heads.aggregation.", config)
+
+
+EXTRA = [f"heads.aggregation.blocks.{n}.relative.table" for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("source", "change"),
+    [
+        (SHARED, {"position": "relative-per-block"}),
+        (SHARED, {"position": "relative-per-block", "image_px": 24}),
+        (BLOCKS, {"image_px": 24}),
+        (BASE, {"image_px": 24}),
+    ],
+)
+def test_extra_blocks_change_their_positions_like_the_others(source, change):
+    target = replace(source, **change)
+    found = adapted(tensors(source) | bottleneck(source), source, target)
+    wanted = bottleneck(target)
+    assert {n: v.shape for n, v in found.items() if n in wanted} == {n: v.shape for n, v in wanted.items()}
+    assert len(found) == len(tensors(target)) + len(wanted)
+
+
+def test_a_shared_table_goes_into_extra_blocks_as_well():
+    given = tensors(SHARED)
+    found = adapted(given | bottleneck(SHARED), SHARED, BLOCKS)
+    assert all(torch.equal(found[name], given[TABLE]) for name in EXTRA)
+
+
 def test_tensors_that_no_setting_speaks_of_pass():
     strange = {"model.strange": torch.zeros(2)}
     assert adapted(tensors(BASE) | strange, BASE, replace(BASE, image_px=24))["model.strange"] is not None
@@ -186,6 +218,8 @@ REFUSED = {
     "norm of texts": (BASE, {"text_norm": True}, "text_norm: False to True"),
     "fewer types": (replace(BASE, token_types=3), {"token_types": 2}, "token_types: 3 to 2"),
     "no types": (replace(BASE, token_types=2), {"token_types": 0}, "token_types: 2 to 0"),
+    "no layer scale": (replace(BASE, layer_scale=0.1), {"layer_scale": 0.0}, "layer_scale: 0.1 to 0.0"),
+    "fewer experts of pairs": (PAIRS, {"fusion_layers": 0}, "fusion_layers: 1 to 0"),
 }
 GROWING = {
     "layer scale": (BASE, {"layer_scale": 0.1}, "layer_scale: 0.0 to 0.1"),

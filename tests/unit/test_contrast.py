@@ -41,7 +41,7 @@ def learner_of(*objectives):
 
 
 def items(lengths=LENGTHS):
-    draw = rng(1)
+    draw = rng(3)
     return [
         Item(
             image=draw.integers(0, 256, (3, 16, 16), dtype=np.uint8),
@@ -134,14 +134,18 @@ def gradients(learner, loss):
     }
 
 
-def test_the_negatives_of_the_plain_computation_differ_between_samples():
+def test_negatives_follow_each_samples_own_chances():
+    """The plain computation above tells the two chances apart, and those of the samples."""
     learner = learner_of()
     seen, read, scale = learner.outputs(batch_of(items()))["contrast"]
     table = (scale * seen @ read.T).detach().double()
-    texts = {chosen(table[i], i, item.chance[0]) for i, item in enumerate(items())}
-    pictures = {chosen(table[:, i], i, item.chance[1]) for i, item in enumerate(items())}
-    assert len(texts) > 1
-    assert len(pictures) > 1
+    for rows in (table, table.T):
+        drawn = [
+            [chosen(rows[i], i, item.chance[which]) for i, item in enumerate(order)]
+            for order in (items(), items()[::-1])
+            for which in (0, 1)
+        ]
+        assert len(set(map(tuple, drawn))) == 4
 
 
 def test_stochastic_depth_reaches_the_matching_pass(monkeypatch):
@@ -250,6 +254,12 @@ def test_a_negative_is_never_ones_own_pair(table, chance):
 def test_no_similarities_lead_to_ones_own_pair(row, chance, data):
     own = data.draw(st.integers(0, len(row) - 1))
     assert _drawn(torch.tensor([row]), torch.tensor([own]), torch.tensor([chance])).item() != own
+
+
+@pytest.mark.parametrize("chance", EXTREMES[:-1])
+def test_what_has_no_share_is_not_drawn(chance):
+    found = _drawn(torch.tensor([[-300.0, 300, -300, 0]]), torch.tensor([3]), torch.tensor([chance]))
+    assert found.tolist() == [1]
 
 
 @pytest.mark.parametrize("own", [0, 2, 3])

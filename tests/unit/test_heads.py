@@ -26,9 +26,7 @@ def filled(module):
 
 
 def tokens(config=MODEL, count=3):
-    return torch.randn(
-        count, config.picture_tokens, config.width, generator=torch.Generator().manual_seed(1)
-    )
+    return torch.randn(count, config.picture_tokens, config.width, generator=torch.Generator().manual_seed(1))
 
 
 def vectors(seed=2):

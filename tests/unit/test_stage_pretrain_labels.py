@@ -77,7 +77,7 @@ def test_classes_are_those_of_all_sources_with_labels(tmp_path):
 
 
 def test_weights_of_several_objectives_name_no_task(tmp_path):
-    tables = {"image": objective(), "labels": objective(LABELS)}
+    tables = {"labels": objective(LABELS), "image": objective()}
     run(tmp_path / "run", stage(objectives=tables))
     assert read_model(tmp_path / "run").task is None
 

@@ -218,7 +218,8 @@ def test_the_number_of_heads_must_be_given(file):
 
 
 def test_heads_that_do_not_divide_the_width_are_refused(file):
-    assert "width (8) must be a multiple of heads (3)" in said(file(official()), heads=3)
+    with pytest.raises(UserError, match=r"width \(8\) must be a multiple of heads \(3\)"):
+        beitctl.load_model(file(official()), heads=3)
 
 
 def test_positions_of_no_square_need_the_size_of_the_pictures(file):
