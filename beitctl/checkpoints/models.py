@@ -204,8 +204,7 @@ class MaskedModel(HeadedModel):
 
     def build(self, config: ModelConfig, shapes: Shapes) -> dict[str, nn.Module]:
         heads = _text_head(config, shapes) | _pooler(config, shapes)
-        if "image_codes.weight" in shapes:
-            heads["image_codes"] = nn.Linear(config.width, shapes["image_codes.weight"][0])
+        heads |= _image_head(config, shapes)
         numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("aggregation.blocks.")}
         if numbers:
             heads["aggregation"] = Aggregation(config, min(numbers), len(numbers))
@@ -241,7 +240,8 @@ class MaskedModel(HeadedModel):
 class MatchingModel(RetrievalModel):
     """VLMo as it is pretrained: ``forward`` says of pairs whether they match and what their words are.
 
-    A dictionary with what the file has: ``match`` (B, 2) logits, ``text`` (B, S, V) logits, zeros at padding.
+    A dictionary with what the file has: ``match`` (B, 2) logits, ``text`` (B, S, V) logits, zeros at padding;
+    ``image`` (B, N, V) logits of the patches if codes were learnt as well.
     """
 
     names: ClassVar[tuple[str, ...]] = (
@@ -250,6 +250,7 @@ class MatchingModel(RetrievalModel):
         "pooler",
         "matching",
         "text_tokens",
+        "image_codes",
     )
     needed: ClassVar[tuple[str, ...]] = ()
 
@@ -260,7 +261,7 @@ class MatchingModel(RetrievalModel):
                 heads[name] = ContrastiveHead(config.width)
         if "matching.weight" in shapes:
             heads["matching"] = nn.Linear(config.width, shapes["matching.weight"][0])
-        return heads
+        return heads | _image_head(config, shapes)
 
     def depths(self) -> list[int]:
         return [self.model.config.first_fusion] if "contrastive_fused" in self.heads else []
@@ -287,6 +288,9 @@ class MatchingModel(RetrievalModel):
             found["match"] = self.heads["matching"](self.heads["pooler"](rows[first]))
         if "text_tokens" in self.heads:
             found["text"] = _spread(self.heads["text_tokens"](rows[plan.cuts[1] :]), real)
+        if "image_codes" in self.heads:
+            tokens = rows[: plan.cuts[1]].view(len(image), -1, rows.shape[1])
+            found["image"] = self.heads["image_codes"](tokens[:, self.model.config.prefix :])
         return found
 
 
@@ -305,6 +309,8 @@ MODELS: tuple[type[HeadedModel], ...] = (
 def model_with(config: ModelConfig, shapes: Shapes) -> HeadedModel | None:
     """The model whose heads the tensors belong to; None if no class has such heads."""
     heads = {name.partition(".")[0] for name in shapes}
+    if "matching" in heads and "pooler" not in heads:
+        return None  # what it reads is missing
     for kind in MODELS:
         if heads and set(kind.needed) <= heads <= set(kind.names):
             return kind(config, shapes)
@@ -315,6 +321,12 @@ def _pooler(config: ModelConfig, shapes: Shapes) -> dict[str, nn.Module]:
     if "pooler.linear.weight" not in shapes:
         return {}
     return {"pooler": Pooler(config.width, norm="pooler.norm.weight" in shapes)}
+
+
+def _image_head(config: ModelConfig, shapes: Shapes) -> dict[str, nn.Module]:
+    if "image_codes.weight" not in shapes:
+        return {}
+    return {"image_codes": nn.Linear(config.width, shapes["image_codes.weight"][0])}
 
 
 def _text_head(config: ModelConfig, shapes: Shapes) -> dict[str, nn.Module]:

@@ -146,6 +146,7 @@ HEADS = {
         CONTRAST | POOLER | WORDS | {"contrastive_fused": ContrastiveHead(8), "matching": nn.Linear(8, 2)},
     ),
     "contrast and words": (models.MatchingModel, CONTRAST | WORDS),
+    "contrast and codes": (models.MatchingModel, {"image_codes": nn.Linear(8, 40)} | CONTRAST),
 }
 
 
@@ -168,8 +169,8 @@ def test_the_model_has_the_tensors_of_its_heads_and_no_others(name):
 
 @pytest.mark.parametrize(
     "heads",
-    [{}, {"answers": MlpHead(8, 16, 5)}, {"strange": nn.Linear(8, 2)}, HEADS["codes"][1] | CONTRAST],
-    ids=["none", "no pooler", "strange", "codes and contrast"],
+    [{}, {"answers": MlpHead(8, 16, 5)}, {"strange": nn.Linear(8, 2)}, {"matching": nn.Linear(8, 2)}],
+    ids=["none", "no pooler", "strange", "matching without its pooler"],
 )
 def test_no_class_has_other_heads(heads):
     assert model_with(VLMO, shapes(**heads)) is None
@@ -252,3 +253,8 @@ def test_a_pair_is_pooled_by_its_first_token(text_first, reads):
     rows, plan = made.model.encode(packed), packed.layout.plan
     first = {"text": plan.text_starts[:2], "picture": [0, plan.picture_tokens]}[reads]
     assert torch.allclose(made(**INPUTS), made.heads["pooler"](rows[first]), atol=1e-5)
+
+
+def test_codes_learnt_beside_contrast_are_given_for_every_patch():
+    made = filled(model_with(VLMO, shapes(**HEADS["contrast and codes"][1])))
+    assert made(**INPUTS)["image"].shape == (2, VLMO.patches, 40)
