@@ -91,6 +91,8 @@ class ModelConfig:
             raise ValueError(f"fusion_layers ({self.fusion_layers}) must lie in 0..layers ({self.layers})")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path ({self.drop_path}) must be at least 0 and below 1")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps ({self.norm_eps}) must be above 0")
         if self.layer_scale < 0:
             raise ValueError(f"layer_scale ({self.layer_scale}) must not be negative; 0 is none")
         if self.distill_token and self.position != "absolute":

@@ -122,6 +122,7 @@ class AnswerModel(HeadedModel):
 
     def forward(self, image: Tensor, text: Tensor, *, text_pad: Tensor | None = None) -> Tensor:
         """Pictures (B, 3, H, W) and questions (B, S) to (B, V) logits."""
+        _need_both(image, text)
         logits: Tensor = self.heads["answers"](self.pooled(image, text, text_pad))
         return logits
 
@@ -172,6 +173,7 @@ class CaptioningModel(HeadedModel):
 
     def forward(self, image: Tensor, text: Tensor, *, text_pad: Tensor | None = None) -> Tensor:
         """Pictures (B, 3, H, W) and captions (B, S) to (B, S, V) logits; zeros at padding."""
+        _need_both(image, text)
         packed, real = self.model.pack(image, text, None, text_pad, causal_text=True)
         logits: Tensor = self.heads["captions"](self.model.encode(packed)[packed.layout.plan.cuts[1] :])
         return _spread(logits, real)
@@ -280,6 +282,7 @@ class MatchingModel(RetrievalModel):
     def forward(  # type: ignore[override]
         self, image: Tensor, text: Tensor, *, text_pad: Tensor | None = None
     ) -> dict[str, Tensor]:
+        _need_both(image, text)
         packed, real = self.model.pack(image, text, None, text_pad)
         plan = packed.layout.plan
         rows, found = self.model.encode(packed), {}
@@ -315,6 +318,11 @@ def model_with(config: ModelConfig, shapes: Shapes) -> HeadedModel | None:
         if heads and set(kind.needed) <= heads <= set(kind.names):
             return kind(config, shapes)
     return None
+
+
+def _need_both(image: Tensor | None, text: Tensor | None) -> None:
+    if image is None or text is None:
+        raise ValueError("this model reads pairs: give image and text")
 
 
 def _pooler(config: ModelConfig, shapes: Shapes) -> dict[str, nn.Module]:

@@ -295,6 +295,7 @@ class Multiway(nn.Module):
             raise ValueError("give image, text or both")
         if text is not None and self.text_embed is None:
             raise ValueError("this model has no language branch: its vocabulary is 0")
+        self._check(image, image_mask)
         real, ids, lengths = unpadded(text, text_pad)
         count = 0 if image is None else len(image)
         joint = image is not None and text is not None and not dual
@@ -314,6 +315,16 @@ class Multiway(nn.Module):
             image, image_mask = self.vision_embed.cls_token.new_zeros(empty), None
         types = torch.full((len(image),), 2, device=image.device) if second else None
         return Packed(self.layout(plan), image, image_mask, ids, picture_types=types), real
+
+    def _check(self, image: Tensor | None, mask: Tensor | None) -> None:
+        """Refuse pictures and masks that would be broadcast or cast without a word."""
+        if image is not None and (image.ndim != 4 or not image.is_floating_point()):
+            raise ValueError(
+                f"image is {tuple(image.shape)} {image.dtype}; it must be (B, C, H, W) normalised floats"
+            )
+        wanted = None if image is None else (len(image), self.config.patches)
+        if mask is not None and wanted and (tuple(mask.shape) != wanted or mask.dtype != torch.bool):
+            raise ValueError(f"image_mask is {tuple(mask.shape)} {mask.dtype}; it must be {wanted} bool")
 
     def forward(
         self,
@@ -357,10 +368,16 @@ def unpadded(text: Tensor | None, text_pad: Tensor | None) -> tuple[Tensor | Non
     """Padded texts (B, S) to what a packed batch holds: (B, S) bool of real tokens, their ids, their counts.
 
     Raises:
-        ValueError: a text is padding from end to end.
+        ValueError: another shape or type; a text is padding from end to end.
     """
     if text is None:
         return None, None, []
+    if text.ndim != 2 or text.dtype != torch.int64:
+        raise ValueError(f"text is {tuple(text.shape)} {text.dtype}; it must be (B, S) int64")
+    if text_pad is not None and (text_pad.shape != text.shape or text_pad.dtype != torch.bool):
+        raise ValueError(
+            f"text_pad is {tuple(text_pad.shape)} {text_pad.dtype}; it must be {tuple(text.shape)} bool"
+        )
     real = torch.ones_like(text, dtype=torch.bool) if text_pad is None else ~text_pad
     lengths: list[int] = real.sum(1).tolist()
     if min(lengths, default=1) < 1:
