@@ -85,11 +85,10 @@ def _heads(width: int, note: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 
 
 def _image_px(count: int, patch_px: int, settings: Mapping[str, Any]) -> int | tuple[int, int]:
-    """Size of the pictures that so many positions are for: a square, or the size that the settings say."""
-    told = told_grid(settings, patch_px)
-    if told is not None and told[0] != told[1] and told[0] * told[1] == count:
+    """Size of the pictures that so many positions are for: a square, else the size that the settings say."""
+    told, side = told_grid(settings, patch_px), square(count)
+    if side < 1 and told is not None and told[0] * told[1] == count:
         return told[0] * patch_px, told[1] * patch_px
-    side = square(count)
     if side < 1:
         raise ValueError(
             f"its vision positions are for {count} patches, which make no square: "

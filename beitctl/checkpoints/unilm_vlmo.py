@@ -132,7 +132,7 @@ def _absolute(
     """Grid of the pictures and longest text of a model with absolute positions."""
     found = shape(state, "transformer.pos_embed", 3)[1] - 1
     told, side = told_grid(settings, patch_px), square(found)
-    if told and told[0] * told[1] == found:
+    if told and not side and told[0] * told[1] == found:
         return told, shape(state, POSITIONS, 2)[0]
     if not side:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Files of unilm's BEiT-3: what is recognised, what is refused and why, other resolutions."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -274,3 +276,12 @@ def test_a_resolution_that_patches_do_not_divide_is_refused(file):
 def test_names_of_other_models_are_not_taken_for_beit3():
     assert not FORM.matches(nn.Linear(2, 2).state_dict())
     assert not FORM.matches({"blocks.0.attn.qkv.weight": torch.zeros(1)})
+
+
+def test_a_size_of_as_many_patches_is_a_change_of_size_and_not_the_files_own():
+    file = Path(__file__).parents[3] / "shared" / "reference" / "beit3" / "beit3_retrieval.pth"
+    if not file.is_file():
+        pytest.skip("the reference outputs are not beside this checkout")
+    square, wide = beitctl.load_model(file, heads=4), beitctl.load_model(file, heads=4, image_px=(16, 144))
+    assert wide.model.vision_embed.position.shape == square.model.vision_embed.position.shape
+    assert not torch.equal(wide.model.vision_embed.position, square.model.vision_embed.position)
