@@ -23,7 +23,7 @@ from beitctl.model.multiway import Multiway
 from beitctl_plugins.stages import shared
 from beitctl_plugins.stages.eval import Eval
 from beitctl_plugins.tasks.classification import Classification
-from beitctl_plugins.tokenizers.teachers import TimmTeacher
+from beitctl_plugins.teachers.timm import TimmTeacher
 
 
 @pytest.fixture(autouse=True)

