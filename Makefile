@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml
 # What the parity tests compare with and nothing else needs; without their own pins, which are years old.
 $(VENV)/.references: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-deps torchscale==0.3.0 fairscale==0.4.13 einops==0.8.2 \
-		mistral-common==1.13.1 open_clip_torch==3.3.0 ftfy==6.3.1
+		mistral-common==1.13.1 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth protobuf==7.36.2
 	touch $@
 
 clean:

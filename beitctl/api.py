@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -140,6 +140,20 @@ class Item:
     """Class index."""
     chance: tuple[float, ...] = ()
     """Numbers in 0..1 for what the loss itself draws, so that it too depends on the position alone."""
+    code_view: "np.ndarray[Any, Any] | None" = None
+    """(3, h, h) uint8: the part of the picture that ``image`` shows, at the size of the image tokenizer. With
+    it ``patch_targets`` is 0 where a code is to be predicted: codes are computed in the training step."""
+
+
+@dataclass(frozen=True)
+class OnlineCodes:
+    """What tasks need to know of an image tokenizer that computes codes in the training step."""
+
+    codes: int
+    grid: int
+    """Codes along one side of a picture."""
+    image_px: int
+    """Side of the picture that it reads, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,8 @@ class Tools:
     """Whether crops and captions are drawn at random (training) or fixed (evaluation)."""
     pictures: Any = None
     """A ``beitctl.data.images.Pictures``, which decodes and crops."""
+    online: "OnlineCodes | None" = None
+    """Set in place of ``tokens`` where codes are computed in the training step."""
 
 
 @dataclass(frozen=True)
@@ -222,14 +238,32 @@ class FinetuneTask(Task, Protocol):
 
 
 class TextTokenizer(Protocol):
-    """Text to ids in the XLM-R layout: <s> 0, <pad> 1, </s> 2, <unk> 3, pieces from 4, <mask> last."""
+    """Text to ids; where the special ones are, each tokenizer says itself."""
 
     size: int
     """Number of ids."""
     fingerprint: str
+    start_id: int
+    """Before every text: <s>, [CLS]."""
+    end_id: int
+    """Behind every text: </s>, [SEP]."""
+    pad_id: int
+    """Fills up rows that are too short: <pad>, [PAD]."""
+    unknown_id: int
+    """What has no id of its own: <unk>, [UNK]."""
+    mask_id: int
+    """Stands for a hidden token: <mask>, [MASK]."""
+    special_ids: Sequence[int]
+    """All ids that are never hidden, predicted or drawn: those five, and whatever else stands for no text."""
 
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without start and end."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special ones are left out."""
+        ...
+
     def starts(self, ids: Sequence[int]) -> Sequence[bool]:
         """Whether each id begins a word; only asked for when whole words are hidden."""
         ...
@@ -320,6 +354,10 @@ class Stage(Protocol):
     A class method ``smoke(table: Mapping[str, Any]) -> dict[str, Any]`` is optional and gives the command
     ``--smoke``: it returns the stage's table (plain TOML data, not validated yet) at toy size, on the
     embedded data. Tables of other stages that the result refers to are those of the recipe ``tiny``.
+
+    A method ``verify(job: Job) -> Mapping[str, Any]`` is optional and gives the command ``--verify``: it
+    checks what a finished run in ``job.folder`` left, changes nothing, and raises ``CheckFailed`` or
+    ``DataError``; what it returns is printed.
     """
 
     def plan(self) -> Mapping[str, Any]:
@@ -334,6 +372,15 @@ class Stage(Protocol):
     def model_validate(cls, obj: Any) -> Self: ...
 
 
+def _shares(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1] <= 1:
+        raise ValueError(
+            f"smallest and largest share of a picture, 0 < smallest <= largest <= 1, not {value}"
+        )
+    return value
+
+
+CropScale = Annotated[tuple[float, float], AfterValidator(_shares)]
 TaskField = Annotated[Task, Kind("beitctl.tasks")]
 SourceField = Annotated[Source, Kind("beitctl.sources")]
 TokenizerField = Annotated[Tokenizer, Kind("beitctl.tokenizers", ("train", "plan"))]

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from beitctl import registry
 from beitctl.errors import PluginError, RecipeError, SetupError, UserError
+
+if TYPE_CHECKING:
+    from beitctl.recipe import Recipe
 
 SCHEMA = "beitctl.schema.json"
 STAGES = "beitctl.stages"
@@ -41,6 +44,13 @@ def plugin(group: str, name: str) -> Any:
             f"it must be renamed, or uninstall {origin}"
         )
     return registry.get(group, name)
+
+
+def verified(recipe: "Recipe", keys: Sequence[str], out: Path | None) -> dict[str, Any]:
+    """What finished runs of a stage's tables say when they are checked, by key."""
+    from beitctl import runs, verifying
+
+    return dict(verifying.verify(recipe, keys, runs.root() / recipe.name, out))
 
 
 def stage_help(name: str) -> str:

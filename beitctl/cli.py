@@ -197,6 +197,7 @@ def _stage_command(label: str) -> Any:
             typer.Option("--only", metavar="NAME", help="The one table to run, of several of this stage."),
         ] = None,
         smoke: SmokeOption = False,
+        verify: Annotated[bool, typer.Option("--verify", help="Check what a finished run left.")] = False,
         dry_run: DryOption = False,
         as_json: JsonOption = False,
     ) -> None:
@@ -206,9 +207,10 @@ def _stage_command(label: str) -> Any:
             raise UserError(
                 f"--out names one folder, but {found.name} has {', '.join(keys)}; choose one with --only"
             )
+        if verify:
+            return _show(catalog.verified(found, keys, out), as_json)
         if dry_run:
-            _show_plans(found, keys, as_json)
-            return
+            return _show({key: found.tables[key].plugin.plan() for key in keys}, as_json)
         _launched(context, gpus)
         options = _options(context, found, as_json, out=out, resume=resume)
         _run_stage(context, _pipeline(found, options), keys)
@@ -361,8 +363,7 @@ def _run(  # noqa: PLR0913 - one parameter per option
 
     found = _load(recipe, settings)
     if dry_run:
-        _show_plans(found, list(found.tables), as_json)
-        return
+        return _show({key: table.plugin.plan() for key, table in found.tables.items()}, as_json)
     _launched(context, gpus)
     pipeline = _pipeline(found, _options(context, found, as_json, root=out, resume=not force))
     with _together(context, pipeline):
@@ -386,9 +387,9 @@ def _write_pipeline_page(folder: Path, run_folders: Sequence[Path]) -> None:
     page.write_pipeline(folder, run_folders)
 
 
-def _show_plans(recipe: "Recipe", keys: Sequence[str], as_json: bool) -> None:
-    """Print what stages would do, by the keys of their tables."""
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    """Print what stages would do, or what their finished runs were found to hold, by the keys of tables."""
     from beitctl import plans
     from beitctl.report.events import plain
 
-    plans.show({key: plain(recipe.tables[key].plugin.plan()) for key in keys}, as_json=as_json)
+    plans.show(plain(found), as_json=as_json)

@@ -37,6 +37,10 @@ CONFIG = "config.json"
 FORMAT = 1
 TOKENIZER_FILES = {"encode_task_layer.0.weight": "vqkd", "blocks.input.w": "dalle"}
 """A tensor of the files of other libraries' image tokenizers, and the plugin that reads them."""
+SENTENCEPIECE = (".spm", ".model")
+"""Ends of the names of SentencePiece models."""
+NOTE = "tokenizer.json"
+"""What beitctl's tokenizers say about themselves; transformers' whole tokenizers have the same name."""
 UNREAD = "unread."
 """Begins the names of tensors that are kept and not read."""
 
@@ -240,7 +244,8 @@ def load_tokenizer(path: str | Path, *, heads: int | None = None) -> Any:
     """Load a text or image tokenizer from its folder, a run folder, or the file of another library.
 
     Args:
-        path: a folder; a SentencePiece model ``.spm`` or ``.model``; a file of BEiT v2's VQ-KD or of OpenAI's
+        path: a folder; a SentencePiece model ``.spm`` or ``.model``; the ``vocab.txt`` or
+            ``tokenizer.json`` of a WordPiece, or the folder of both; a file of BEiT v2's VQ-KD or of OpenAI's
             DALL-E encoder, told apart by the names in it.
         heads: attention heads of a VQ-KD file, which does not say them; by default 64 channels each.
 
@@ -264,26 +269,40 @@ def load_tokenizer(path: str | Path, *, heads: int | None = None) -> Any:
 def _tokenizer_at(path: Path) -> tuple[str, Path]:
     """Kind of the tokenizer that a path means, and the file or folder to load."""
     if path.is_file():
-        return _kind_of_file(path), path
+        return _kind_of_file(path), path.parent if path.name == NOTE else path
     for folder in (path, *(place / "tokenizer" for place in _places(path))):
-        note = folder / "tokenizer.json"
-        if note.is_file():
-            try:
-                kind = json.loads(note.read_text())["kind"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise DataError(f"{note}: not the note of a tokenizer ({error})") from error
-            if not isinstance(kind, str):
-                raise DataError(f"{note}: not the note of a tokenizer (kind is {kind!r:.80}, not a text)")
-            return kind, folder
+        if (folder / NOTE).is_file():
+            return _kind_of_note(folder / NOTE), folder
     if not path.is_dir():
         check_file(path)
+    if (path / "vocab.txt").is_file():
+        return _kind_of_file(path / "vocab.txt"), path
+    if len(found := sorted(file for file in path.iterdir() if file.suffix in SENTENCEPIECE)) == 1:
+        return _kind_of_file(found[0]), found[0]
     raise DataError(f"{path}: no tokenizer here; expected tokenizer.json in it or in its folder tokenizer/")
 
 
+def _kind_of_note(note: Path) -> str:
+    """Kind of the tokenizer that a ``tokenizer.json`` belongs to; one of transformers says none."""
+    try:
+        found = json.loads(note.read_text())
+        kind = "wordpiece" if "kind" not in found and isinstance(found["model"], dict) else found["kind"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{note}: not the note of a tokenizer ({error})") from error
+    if not isinstance(kind, str):
+        raise DataError(f"{note}: not the note of a tokenizer (kind is {kind!r:.80}, not a text)")
+    return kind
+
+
 def _kind_of_file(path: Path) -> str:
-    if path.suffix in (".spm", ".model"):
+    if path.suffix in SENTENCEPIECE:
         check_file(path)
         return "sentencepiece"
+    if path.suffix == ".txt":
+        check_file(path)
+        return "wordpiece"
+    if path.suffix == ".json":
+        return _kind_of_note(path)
     state = read_tensors(path)
     for name, kind in TOKENIZER_FILES.items():
         if name in state:
@@ -291,5 +310,6 @@ def _kind_of_file(path: Path) -> str:
     shown = ", ".join(sorted(state)[:4])
     raise DataError(
         f"{path}: not the file of a tokenizer that beitctl knows ({len(state)} tensors: {shown} ...); it "
-        "reads SentencePiece (.spm, .model), VQ-KD and DALL-E's encoder, its own tokenizers by their folder"
+        "reads SentencePiece (.spm, .model), WordPiece (vocab.txt, tokenizer.json), VQ-KD and DALL-E's "
+        "encoder, its own tokenizers by their folder"
     )

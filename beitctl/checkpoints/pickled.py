@@ -168,10 +168,11 @@ _UTILS = {
 }
 _MODULES = (
     "dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.utils.Conv2d",
+    "dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock", "torch.nn.modules.upsampling.Upsample",
     "torch.nn.modules.container.Sequential", "torch.nn.modules.activation.ReLU",
     "torch.nn.modules.linear.Identity", "torch.nn.modules.pooling.MaxPool2d",
 )  # fmt: skip
-"""Classes of the one official file that is a whole module: OpenAI's ``encoder.pkl``."""
+"""Classes of the official files that are whole modules: OpenAI's ``encoder.pkl`` and ``decoder.pkl``."""
 _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
 _OTHERS = {
     "argparse": ("Namespace",),

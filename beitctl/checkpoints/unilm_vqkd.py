@@ -7,7 +7,6 @@ teacher, which is not read. Source: microsoft/unilm 768a3c8, beit2/modeling_vqkd
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from beitctl.checkpoints import mapping
@@ -16,7 +15,8 @@ from beitctl.checkpoints.parts import HEAD_WIDTH, linear, norm, shape, square
 from beitctl.checkpoints.unilm_beit import body
 from beitctl.config import ModelConfig
 from beitctl.errors import UserError
-from beitctl.model.vqkd import Codebook, VQKDModel, decoder_config
+from beitctl.model.codebook import Codebook
+from beitctl.model.vqkd import VQKDModel, decoder_config
 
 NAME = "unilm VQ-KD"
 DROPPED = ("loss", "teacher", "scaling")
@@ -92,8 +92,7 @@ def read_vqkd(
 ) -> tuple[VQKDSizes, dict[str, Tensor], dict[str, Tensor]]:
     """Sizes, the state dict of ``VQKDModel``, and the tensors that it does not read.
 
-    What our codebook counts since its start, the file does not say: these counts are zeros. ``heads`` are
-    those of ``sizes_of``.
+    A file's features lack no mean: it is zero. ``heads`` are those of ``sizes_of``.
 
     Raises:
         UserError: the number of heads does not divide the width.
@@ -107,7 +106,7 @@ def read_vqkd(
         raise ValueError("; ".join(found[:20]) + more)
     tensors, unread = mapping.read(table, state)
     tensors["codebook.ready"] = tensors["codebook.ready"].long()
-    return sizes, tensors | _counts(sizes, tensors["codebook.vectors"].device), unread
+    return sizes, tensors | {"feature_mean": tensors["codebook.vectors"].new_zeros(sizes.features)}, unread
 
 
 def write_vqkd(
@@ -117,13 +116,13 @@ def write_vqkd(
 
     Args:
         sizes: its sizes.
-        tensors: state dict of its ``VQKDModel``; the counts of its codebook are left out.
+        tensors: state dict of its ``VQKDModel``.
         unread: what ``read_vqkd`` kept; without it the averages are as the official code makes them at first.
 
     Raises:
         ValueError: its features lack the teacher's mean (``centre = true``), which the format cannot say.
     """
-    if tensors["measured"].item():
+    if tensors["feature_mean"].any():
         raise ValueError(
             "its features are without the teacher's mean (centre = true), which the format cannot say"
         )
@@ -162,18 +161,6 @@ def _half(half: str, config: ModelConfig) -> Iterator[Pair]:
     for pair in pairs:
         ours = tuple(f"{half}.{name.removeprefix('model.')}" for name in pair.ours)
         yield replace(pair, ours=ours, theirs=tuple(f"{half}.{name}" for name in pair.theirs))
-
-
-def _counts(sizes: VQKDSizes, device: torch.device) -> dict[str, Tensor]:
-    """What a tokenizer counts while it trains, at its start."""
-    whole: dict[str, Tensor] = {
-        name: torch.zeros((), dtype=torch.int64, device=device) for name in ("codebook.steps", "measured")
-    }
-    return whole | {
-        "codebook.usage": torch.zeros(sizes.codes, device=device),
-        "codebook.idle": torch.zeros(sizes.codes, dtype=torch.int64, device=device),
-        "feature_mean": torch.zeros(sizes.features, device=device),
-    }
 
 
 def _layers(state: Mapping[str, Tensor], half: str) -> int:

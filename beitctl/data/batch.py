@@ -40,6 +40,9 @@ class Group:
     """(n,) class indices, -1 without."""
     chance: Tensor
     """(n, k) numbers in 0..1 for what the loss draws."""
+    code_places: Tensor
+    """(m,) where the codes of the predicted patches stand among those of all ``Batch.code_views``, flattened;
+    empty if ``patch_targets`` are the codes."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -69,6 +72,8 @@ class Batch:
     """``objective/id`` of every sample, in order."""
     problems: tuple[tuple[str, str], ...] = ()
     """Examples that could not be read, and why; substitutes stand in their place."""
+    code_views: Tensor | None = None
+    """(v, 3, h, h) uint8: what the image tokenizer reads where codes are computed in the training step."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -110,6 +115,7 @@ def collate(portions: Sequence[Portion], config: ModelConfig) -> Batch:
     pictured = alone + order["pair"]
     written = order["pair"] + texts
     firsts = (_offsets(pictured), _offsets(written))
+    code_views, places = _code_views(portions, config.patches)
     return Batch(
         plan=plan,
         pixels=_stack([item.image for p in pictured for item in p.items], (3, *config.size), np.uint8),
@@ -119,9 +125,28 @@ def collate(portions: Sequence[Portion], config: ModelConfig) -> Batch:
         if config.mask_token
         else None,
         ids=_flat([_text(item) for p in written for item in p.items]),
-        groups={p.name: _group(p, plan, firsts, config.prefix) for p in portions},
+        groups={p.name: _group(p, plan, firsts, config.prefix, places[p.name]) for p in portions},
         keep=_keep(alone, order["pair"], texts),
+        code_views=code_views,
     )
+
+
+def _code_views(portions: Sequence[Portion], patches: int) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """What the image tokenizer reads for a batch, and by objective where its codes will stand in the result.
+
+    Raises:
+        ValueError: only some items of an objective have a view for it.
+    """
+    views: list[Any] = []
+    places = {}
+    for portion in portions:
+        mine = [item.code_view for item in portion.items if item.code_view is not None]
+        if mine and len(mine) < len(portion.items):
+            raise ValueError(f"{portion.name}: {len(mine)} of {len(portion.items)} items have a code_view")
+        starts = (len(views) + np.arange(len(mine))) * patches
+        places[portion.name], _ = _targets([item.patch_targets for item in portion.items], starts)
+        views += mine
+    return torch.from_numpy(np.stack(views)) if views else None, places
 
 
 def _offsets(portions: Sequence[Portion]) -> dict[str, int]:
@@ -134,8 +159,9 @@ def _offsets(portions: Sequence[Portion]) -> dict[str, int]:
 
 
 def _group(
-    portion: Portion, plan: BatchPlan, firsts: tuple[dict[str, int], dict[str, int]], prefix: int
-) -> Group:
+    portion: Portion, plan: BatchPlan, firsts: tuple[dict[str, int], dict[str, int]], prefix: int,
+    code_places: Tensor,
+) -> Group:  # fmt: skip
     items, pictures, texts = portion.items, firsts[0].get(portion.name), firsts[1].get(portion.name)
     picture_rows = np.zeros((0, plan.picture_tokens), np.int64)
     starts = np.zeros(0, np.int64)
@@ -156,6 +182,7 @@ def _group(
         text_targets=text_targets,
         labels=torch.tensor([item.label for item in items], dtype=torch.int64),
         chance=torch.tensor([item.chance for item in items], dtype=torch.float32),
+        code_places=code_places,
     )
 
 

@@ -8,10 +8,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from beitctl.api import TextTokenizer
 from beitctl.errors import UserError
 
-SPECIAL = 4
-"""Ids below are special tokens: <s>, <pad>, </s>, <unk> in the XLM-R layout."""
 TRIES = 10
 """Draws for one block before block-wise masking gives up."""
 
@@ -78,19 +77,18 @@ def text_mask(
     ids: NDArray[np.int64],
     ratio: float,
     rng: np.random.Generator,
+    tokenizer: TextTokenizer,
     *,
-    mask_id: int,
     mask_share: float = 0.8,
     random_share: float = 0.1,
     starts: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Hide tokens of a text: the ids to feed (S,), and the ids to predict (S,), -1 where nothing is.
 
-    Tokens are drawn uniformly among the ordinary ones (ids from 4, but not ``mask_id``); at least
-    one is, if there is any. Of those, ``mask_share`` become ``mask_id``, ``random_share`` any ordinary id
-    below ``mask_id``, the rest stay as they are. With ``starts`` (S,), True at the first token of a word,
-    words are hidden whole, in random order, until the share is reached; one that would exceed it is passed
-    over.
+    Tokens are drawn uniformly among the ordinary ones, which are not among the tokenizer's ``special_ids``;
+    at least one is, if there is any. Of those, ``mask_share`` become its ``mask_id``, ``random_share`` any
+    ordinary id, the rest stay as they are. With ``starts`` (S,), True at the first token of a word, words are
+    hidden whole, in random order, until the share is reached; one that would exceed it is passed over.
 
     Raises:
         UserError: ``ratio`` does not lie in 0..1, or the shares are negative or exceed 1 together.
@@ -102,7 +100,8 @@ def text_mask(
             f"mask_share ({mask_share}) and random_share ({random_share}) must add up to at most 1"
         )
     ids = np.asarray(ids, dtype=np.int64)
-    candidates = np.flatnonzero((ids >= SPECIAL) & (ids != mask_id))
+    never = np.unique([*tokenizer.special_ids, tokenizer.mask_id])
+    candidates = np.flatnonzero(~np.isin(ids, never))
     count = _rounded(ratio * len(candidates), len(candidates))
     if starts is None:
         chosen = rng.choice(candidates, count, replace=False)
@@ -111,10 +110,17 @@ def text_mask(
     fate = rng.random(len(chosen))
     masked, targets = ids.copy(), np.full_like(ids, -1)
     targets[chosen] = ids[chosen]
-    masked[chosen[fate < mask_share]] = mask_id
+    masked[chosen[fate < mask_share]] = tokenizer.mask_id
     swapped = chosen[(fate >= mask_share) & (fate < mask_share + random_share)]
-    masked[swapped] = rng.integers(SPECIAL, max(mask_id, SPECIAL + 1), size=len(swapped))
+    masked[swapped] = _ordinary(never, tokenizer.size, len(swapped), rng)
     return masked, targets
+
+
+def _ordinary(never: NDArray[np.int64], size: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Random ids below ``size`` that are not among the sorted ones of ``never``, (count,)."""
+    inside = never[never < size]
+    drawn = rng.integers(max(size - len(inside), 1), size=count)  # the number of an id among the ordinary
+    return drawn + np.searchsorted(inside - np.arange(len(inside)), drawn, side="right")
 
 
 def _whole_words(

@@ -1,16 +1,18 @@
 """Token store: the codes of fixed views of pictures, in Parquet shards that carry what made them.
 
-K: views of a picture. N: codes of a view. A shard is written whole or not at all. ``store.json``, which
-lists the shards and their checksums, comes last: a folder that has it is a complete store.
+K: views of a picture. N: codes of a view. A shard is written whole or not at all, and nothing in it depends
+on when, where or by how many processes it was written. ``store.json``, which lists the shards and their
+checksums, comes last: a folder that has it is a complete store.
 """
 
 import errno
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from hashlib import sha256
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,18 +24,65 @@ from numpy.typing import NDArray
 from beitctl.data.images import Crop
 from beitctl.errors import CapacityError, DataError, UserError
 
-FORMAT = 1
+FORMAT = 2
+"""2: shards carry the fingerprint of every picture, and ``store.json`` all that decides what a view shows."""
 NAME = "store.json"
-META = ("tokenizer", "codes", "grid", "image_px", "views", "source")
+PIXELS = {"decoding": 1, "interpolation": "bicubic"}
+"""How pixels come from the bytes of a picture; ``decoding`` counts the changes of ``beitctl.data.images``
+that alter them."""
+META = (
+    "tokenizer",
+    "codes",
+    "grid",
+    "image_px",
+    "views",
+    "source",
+    "crop_scale",
+    "jitter",
+    "seed",
+    "precision",
+    "batch",
+)
 """What a store must say about itself: fingerprint of the tokenizer, number of codes, codes along one side of
-a view, side in pixels of the picture that the tokenizer read, views a picture, fingerprint of the source."""
+a view, side in pixels of the picture that the tokenizer read, views a picture, fingerprint of the source, how
+views were drawn, the type that the tokenizer computed in, and views that it read at once."""
 CROP = tuple(field.name for field in fields(Crop))
 TYPES: dict[Any, pa.DataType] = {int: pa.int32(), bool: pa.bool_(), float: pa.float64()}
 AGAIN = "run tokenize-images again"
+MOST_CODES = 2**16
+
+
+def picture_hash(data: bytes) -> bytes:
+    """Fingerprint of an encoded picture: blake2b, 16 bytes."""
+    return blake2b(data, digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a store says about one picture besides its codes."""
+
+    id: str
+    picture: bytes
+    """Its ``picture_hash``."""
+    crops: Sequence[Crop]
+    """K of them."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard that is there and whole."""
+
+    ids: list[str]
+    skipped: list[str]
+    """One line for each picture that belongs to it but could not be read."""
+    bytes: int
+    sha256: str
 
 
 class TokenStoreWriter:
     """Writes a token store shard by shard; opened on an unfinished store, it goes on where that stopped.
+
+    Ranks of one job may write to one store at once; ``beitctl.data.lock`` keeps other jobs away.
 
     Args:
         folder: made if it does not exist.
@@ -41,43 +90,60 @@ class TokenStoreWriter:
 
     Raises:
         ValueError: a key of ``META`` is missing.
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or there are more codes than 16 bits can tell apart.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
         missing = [key for key in META if key not in meta]
         if missing:
             raise ValueError(f"a token store needs {', '.join(missing)}")
+        if meta["codes"] > MOST_CODES:
+            raise UserError(
+                f"a token store holds up to {MOST_CODES} codes, the tokenizer has {meta['codes']}"
+            )
         self.folder = folder
-        self.meta = dict(meta)
+        self.meta: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **meta, **PIXELS}))
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
 
-    def done(self) -> set[int]:
-        """Numbers of the shards that are there, whole, and of the same ``meta``."""
-        return set(self._shards())
+    def clear(self) -> None:
+        """Remove what an earlier run wrote, the mark of completeness first."""
+        for path in (self.folder / NAME, *sorted(self.folder.glob("tokens-*.parquet*"))):
+            path.unlink(missing_ok=True)
 
-    def skipped(self) -> list[str]:
-        """One line for each picture that could not be read, of all shards that are there."""
-        shards = self._shards()
-        return [line for number in sorted(shards) for line in shards[number]["skipped"]]
+    def done(self, numbers: Iterable[int]) -> set[int]:
+        """Which of some shards are there and whole.
+
+        Raises:
+            UserError: one is of a store with other settings; names them.
+        """
+        return {number for number in numbers if self._shard(number) is not None}
+
+    def shards(self, count: int) -> list[Shard]:
+        """All shards of the store, read and checked.
+
+        Raises:
+            DataError: one is missing or damaged.
+            UserError: one is of a store with other settings; names them.
+        """
+        found = []
+        for number in range(count):
+            shard = self._shard(number)
+            if shard is None:
+                raise DataError(f"{self.folder / _shard_name(number)}: missing or damaged; {AGAIN}")
+            found.append(shard)
+        return found
 
     def write_shard(
-        self,
-        number: int,
-        ids: Sequence[str],
-        crops: Sequence[Sequence[Crop]],
-        codes: NDArray[np.uint16],
-        skipped: Sequence[str] = (),
+        self, number: int, rows: Sequence[Row], codes: NDArray[np.uint16], skipped: Sequence[str] = ()
     ) -> None:
         """Write one shard.
 
         Args:
             number: of the shard, from 0.
-            ids: of n pictures.
-            crops: K for each picture.
+            rows: of n pictures.
             codes: (n, K, N) of their views.
             skipped: one line for each picture that belongs here but could not be read.
 
@@ -86,63 +152,60 @@ class TokenStoreWriter:
             CapacityError: the disk is full.
             UserError: the folder cannot be written.
         """
-        shape = (len(ids), self.meta["views"], self.meta["grid"] ** 2)
-        if codes.shape != shape or [len(views) for views in crops] != [shape[1]] * shape[0]:
+        shape = (len(rows), self.meta["views"], self.meta["grid"] ** 2)
+        if codes.shape != shape or [len(row.crops) for row in rows] != [shape[1]] * shape[0]:
             raise ValueError(
-                f"codes of shape {codes.shape} with {len(crops)} lists of crops, expected {shape}"
+                f"codes of shape {codes.shape} with {len(rows)} lists of crops, expected {shape}"
             )
         if codes.size and int(codes.max()) >= self.meta["codes"]:
             raise ValueError(f"code {int(codes.max())} in a codebook of {self.meta['codes']}")
         head = {"beitctl": json.dumps({"meta": self.meta, "skipped": list(skipped)})}
         buffer = pa.BufferOutputStream()
-        table = _table(ids, crops, codes).replace_schema_metadata(head)
+        table = _table(rows, codes).replace_schema_metadata(head)
         pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        _write(self.folder / _shard_name(number), buffer.getvalue().to_pybytes())
+        write_whole(self.folder / _shard_name(number), buffer.getvalue().to_pybytes())
 
-    def finish(self) -> Path:
+    def finish(self, shards: Sequence[Shard], made: Mapping[str, Any] | None = None) -> Path:
         """Write ``store.json``, which makes the store complete; gives its path.
 
+        Args:
+            shards: all of them, from ``shards``.
+            made: when, where and with which versions; the only part that another run may make otherwise.
+
         Raises:
-            DataError: a shard before the last one is missing, or a picture is in two shards.
+            DataError: a picture is in it twice.
             CapacityError: the disk is full.
         """
-        shards = self._shards()
-        gaps = sorted(set(range(max(shards, default=0) + 1)) - set(shards))
-        if gaps:
-            raise DataError(f"{self.folder / _shard_name(gaps[0])}: missing or damaged; {AGAIN}")
-        ordered = [shards[number] for number in sorted(shards)]
-        ids = [id for entry in ordered for id in entry["ids"]]
+        ids = [id for shard in shards for id in shard.ids]
         if len(set(ids)) < len(ids):
             twice = Counter(ids).most_common(1)[0][0]
             raise DataError(f"{self.folder}: '{twice}' is in it twice; ids of a source must be unique")
         listed = {
-            _shard_name(number): {key: entry[key] for key in ("rows", "bytes", "sha256")}
-            for number, entry in zip(sorted(shards), ordered, strict=True)
+            _shard_name(number): {"rows": len(shard.ids), "bytes": shard.bytes, "sha256": shard.sha256}
+            for number, shard in enumerate(shards)
         }
-        record = {"format": FORMAT, **self.meta, "pictures": len(ids)}
-        record |= {"skipped": [line for entry in ordered for line in entry["skipped"]], "shards": listed}
-        _write(self.folder / NAME, (json.dumps(record, indent=1) + "\n").encode())
+        record = {**self.meta, "made": dict(made or {}), "pictures": len(ids)}
+        record |= {"skipped": [line for shard in shards for line in shard.skipped], "shards": listed}
+        write_whole(self.folder / NAME, (json.dumps(record, indent=1) + "\n").encode())
         return self.folder / NAME
 
-    def _shards(self) -> dict[int, dict[str, Any]]:
-        """The usable shards by number."""
-        found = {}
-        for path in sorted(self.folder.glob("tokens-[0-9][0-9][0-9][0-9][0-9].parquet")):
-            entry = self._usable(path.read_bytes())
-            if entry:
-                found[int(path.stem.removeprefix("tokens-"))] = entry
-        return found
-
-    def _usable(self, data: bytes) -> dict[str, Any] | None:
-        """What ``store.json`` says about a shard, or None if it is damaged or of another store."""
+    def _shard(self, number: int) -> Shard | None:
+        """A shard, or None if it is missing or damaged."""
+        path = self.folder / _shard_name(number)
         try:
+            data = path.read_bytes()
             table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-            head = json.loads((table.schema.metadata or {}).get(b"beitctl", b"{}"))
-        except (pa.ArrowException, OSError, ValueError):
+            head = json.loads((table.schema.metadata or {})[b"beitctl"])
+            meta, skipped = {"format": 1, **head["meta"]}, head["skipped"]
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError):
             return None
-        if head.get("meta") != json.loads(json.dumps(self.meta)):
-            return None
-        return _entry(data, table.column("id").to_pylist()[:: self.meta["views"]], head["skipped"])
+        if meta != self.meta:
+            raise UserError(
+                f"{path} is of a store with other settings: {_differences(meta, self.meta)}; choose another "
+                f"folder with --out, or delete {self.folder}"
+            )
+        ids = table.column("id").to_pylist()[:: self.meta["views"]]
+        return Shard(ids, skipped, len(data), sha256(data).hexdigest())
 
 
 class TokenStore:
@@ -156,10 +219,18 @@ class TokenStore:
         self.grid: int = record["grid"]
         self.image_px: int = record["image_px"]
         self.views: int = record["views"]
+        self.crop_scale: tuple[float, float] = (record["crop_scale"][0], record["crop_scale"][1])
+        self.jitter: float = record["jitter"]
+        self.seed: int = record["seed"]
+        self.precision: str = record["precision"]
+        self.batch: int = record["batch"]
         self.skipped: list[str] = record["skipped"]
+        self.sizes: list[int] = [entry["rows"] for entry in record["shards"].values()]
+        """Pictures of every shard."""
         table = pa.concat_tables(tables)
         self.ids: list[str] = table.column("id").to_pylist()[:: self.views]
         self._place = {id: place for place, id in enumerate(self.ids)}
+        self._pictures = table.column("picture").take(np.arange(len(self.ids)) * self.views).to_pylist()
         self._crops = [table.column(name).to_numpy() for name in CROP]
         flat = [chunk.flatten().to_numpy() for chunk in table.column("codes").chunks]
         self._codes = np.concatenate(flat).reshape(len(self.ids), self.views, self.grid**2)
@@ -182,16 +253,27 @@ class TokenStore:
         except (OSError, ValueError) as error:
             raise DataError(f"{folder / NAME}: cannot be read ({error}); {AGAIN}") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise DataError(f"{folder / NAME}: not a token store of format {FORMAT}; {AGAIN}")
-        for key, wanted in (expect or {}).items():
-            if record.get(key) != wanted:
+            found = (
+                f", but of format {record['format']}"
+                if isinstance(record, dict) and "format" in record
+                else ""
+            )
+            raise DataError(f"{folder / NAME}: not a token store of format {FORMAT}{found}; {AGAIN}")
+        for key, wanted in {**PIXELS, **(expect or {})}.items():
+            if record.get(key) != json.loads(json.dumps(wanted)):
                 raise DataError(
                     f"{folder}: made with {key} = {record.get(key)!r}, but this run needs {wanted!r}; {AGAIN}"
                 )
+        missing = [key for key in (*META, "pictures", "skipped", "shards") if key not in record]
+        if missing:
+            raise DataError(f"{folder / NAME}: does not say {', '.join(missing)}; {AGAIN}")
         if not record["pictures"]:
             raise DataError(f"{folder}: the token store holds no picture; check the source, then {AGAIN}")
         shards = record["shards"].items()
         return cls(folder, record, [_read_shard(folder / name, entry) for name, entry in shards])
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._place
 
     def view(self, id: str, number: int) -> tuple[Crop, NDArray[np.int64]]:
         """Crop and codes (N,) of one view of a picture.
@@ -200,31 +282,78 @@ class TokenStore:
             DataError: there is no such picture in the store.
             ValueError: there is no such view.
         """
-        if id not in self._place:
-            raise DataError(f"{self.folder}: no codes of picture '{id}'; {AGAIN} on the source of this run")
+        place = self._row(id)
         if not 0 <= number < self.views:
             raise ValueError(f"view {number} of {self.views}")
-        place = self._place[id]
         crop = Crop(*(column[place * self.views + number].item() for column in self._crops))
         return crop, self._codes[place, number].astype(np.int64)
+
+    def picture(self, id: str) -> bytes:
+        """The ``picture_hash`` of a picture when its codes were made.
+
+        Raises:
+            DataError: there is no such picture in the store.
+        """
+        found: bytes = self._pictures[self._row(id)]
+        return found
+
+    def usage(self) -> NDArray[np.int64]:
+        """How often each code stands in the store, (codes,)."""
+        counts = np.zeros(self.codes, np.int64)
+        for codes in np.array_split(self._codes, max(1, len(self.ids) // 4096)):
+            counts += np.bincount(codes.ravel(), minlength=self.codes)
+        return counts
+
+    def _row(self, id: str) -> int:
+        if id not in self._place:
+            raise DataError(f"{self.folder}: no codes of picture '{id}'; {AGAIN} on the source of this run")
+        return self._place[id]
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        CapacityError: the disk is full.
+        UserError: it cannot be written.
+    """
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = f"{path}: the disk is full; free {len(data) / 2**20:.1f} MiB and run the command again"
+            raise CapacityError(text) from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
 
 
 def _shard_name(number: int) -> str:
     return f"tokens-{number:05d}.parquet"
 
 
-def _entry(data: bytes, ids: list[str], skipped: list[str]) -> dict[str, Any]:
-    size, checksum = len(data), sha256(data).hexdigest()
-    return {"ids": ids, "skipped": skipped, "rows": len(ids), "bytes": size, "sha256": checksum}
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = [*now, *(key for key in then if key not in now)]
+    return ", ".join(
+        f"{key} was {json.dumps(then.get(key))}, is {json.dumps(now.get(key))}"
+        for key in keys
+        if then.get(key) != now.get(key)
+    )
 
 
-def _table(ids: Sequence[str], crops: Sequence[Sequence[Crop]], codes: NDArray[np.uint16]) -> pa.Table:
-    """One row a view: id, number of the view, its crop and its codes."""
+def _table(rows: Sequence[Row], codes: NDArray[np.uint16]) -> pa.Table:
+    """One row a view: id, number of the view, hash of the picture, its crop and its codes."""
     _, views, length = codes.shape
-    flat = [asdict(crop) for row in crops for crop in row]
+    flat = [asdict(crop) for row in rows for crop in row.crops]
     columns = {
-        "id": pa.array(np.repeat(np.asarray(ids, dtype=object), views), pa.string()),
-        "view": pa.array(np.tile(np.arange(views, dtype=np.int32), len(ids))),
+        "id": pa.array([row.id for row in rows for _ in range(views)], pa.string()),
+        "view": pa.array(np.tile(np.arange(views, dtype=np.int32), len(rows))),
+        "picture": pa.array([row.picture for row in rows for _ in range(views)], pa.binary(16)),
     }
     for field in fields(Crop):
         columns[field.name] = pa.array([crop[field.name] for crop in flat], TYPES[field.type])
@@ -244,19 +373,3 @@ def _read_shard(path: Path, entry: Mapping[str, Any]) -> pa.Table:
     if sha256(data).hexdigest() != entry["sha256"]:
         raise DataError(f"{path}: its checksum is not the one in {NAME}, so it is damaged; {AGAIN}")
     return pq.read_table(pa.BufferReader(data))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f"{path}: the disk is full; free {len(data) / 2**20:.1f} MiB and run the command again"
-            raise CapacityError(text) from error
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error

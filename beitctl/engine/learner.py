@@ -1,7 +1,7 @@
 """What is trained: the model with the heads of its objectives, one forward pass for all of them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -74,11 +74,43 @@ class MultiwayLearner(nn.Module):
             for name, head in objective.task.heads(tools[objective.name]).items():
                 heads.setdefault(name, head)
         self.heads = nn.ModuleDict(heads)
+        self._coder: list[Callable[[Tensor], Tensor]] = []
         self.weights = {
             objective.term(short): objective.weight * term.weight
             for objective in self.objectives
             for short, term in objective.task.terms().items()
         }
+
+    def code_with(self, coder: Callable[[Tensor], Tensor]) -> None:
+        """Give the frozen image tokenizer that computes codes in the step: views (v, 3, h, h) to (v, N).
+
+        It stays whole on every rank, and out of the weights, the optimizer and the checkpoints.
+        """
+        self._coder = [coder]  # a list hides it from FSDP and from the checkpoint
+
+    @torch.no_grad()
+    def coded(self, batch: "Batch") -> "Batch":
+        """The batch with the codes of its hidden patches as targets; the same if it has them already.
+
+        Raises:
+            ValueError: there is no tokenizer, or it gives another number of codes than there are patches.
+        """
+        if batch.code_views is None:
+            return batch
+        if not self._coder:
+            raise ValueError("this batch needs codes, but the learner has no image tokenizer")
+        codes, patches = self._coder[0](batch.code_views), self.model.config.patches
+        if codes.shape != (len(batch.code_views), patches):
+            raise ValueError(f"codes of shape {tuple(codes.shape)} for pictures of {patches} patches")
+        groups = {
+            name: replace(
+                group, patch_targets=codes.flatten().to(group.code_places.device)[group.code_places]
+            )
+            if len(group.code_places)
+            else group
+            for name, group in batch.groups.items()
+        }
+        return replace(batch, groups=groups, code_views=None)
 
     def encode(self, batch: "Batch") -> Encoded:
         """The encoded batch, with the rows of every depth that a task reads."""
@@ -96,6 +128,7 @@ class MultiwayLearner(nn.Module):
 
     def forward(self, batch: "Batch") -> Sums:
         """Sums of the losses of every term of every objective."""
+        batch = self.coded(batch)
         encoded, heads = self.encode(batch), dict(self.heads.items())
         sums: Sums = {}
         for objective in self.objectives:

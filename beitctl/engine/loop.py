@@ -205,6 +205,8 @@ class _Loop:
         self.optimizer.found_inf = broken  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if callable(after := getattr(self.learner, "after_step", None)):
+            after()
         return totals, norm
 
     def check_finite(self, step: int) -> None:
@@ -221,8 +223,9 @@ def train(
     """Train until ``config.steps``, resuming from the newest checkpoint; yields after every step.
 
     ``learner(batch)`` gives the ``Sums`` of every term, ``learner.counts(batch)`` what each is averaged over,
-    and ``learner.weights`` their weights, the same terms in the same order on all ranks. ``data[step]`` gives
-    the batches of this rank in one step. Close the generator when leaving it early.
+    and ``learner.weights`` their weights, the same terms in the same order on all ranks; a method
+    ``after_step`` is called after every update, for what no gradient moves. ``data[step]`` gives the batches
+    of this rank in one step. Close the generator when leaving it early.
 
     Raises:
         Stopped: SIGTERM, a ``stop`` file or the time limit; a checkpoint is written first.

@@ -25,6 +25,7 @@ INK, FAINT = "#222222", "#999999"
 WIDE, SMALL = (7.6, 3.3), (4.6, 2.5)
 MAX_BYTES = 400_000
 DRAWABLE = 1e100
+MAX_BARS = 2000  # more are narrower than a pixel, and take seconds
 UNSMOOTHED = 100
 LABELLED_CLASSES = 40
 COUNTED_CLASSES = 15
@@ -75,7 +76,7 @@ def curves(
         restarts: Steps after which the run went on from a checkpoint, drawn as upright lines.
         small: Half the width, no legend, and zero in view unless there are negative values.
     """
-    figure, axes = _chart(title, "step", y_label, SMALL if small else WIDE)
+    figure, axes = chart(title, "step", y_label, SMALL if small else WIDE)
     for number, (name, points) in enumerate(series.items()):
         _curve(axes, name, points, PALETTE[number % len(PALETTE)], STYLES[number // len(PALETTE) % 4])
     colours = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(series)}
@@ -92,7 +93,7 @@ def curves(
         legend = axes.legend(handles, names, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         for text in legend.get_texts():
             text.set_parse_math(False)
-    return _png(figure)
+    return png(figure)
 
 
 def histogram(
@@ -108,12 +109,17 @@ def histogram(
         log_y: Whether the counts are on a logarithmic axis.
     """
     ordered = np.sort(np.asarray(counts, dtype=np.float64).ravel())[::-1]
-    figure, axes = _chart(title, f"{x_label}, most frequent first", y_label)
+    figure, axes = chart(title, f"{x_label}, most frequent first", y_label)
     used = int((ordered > 0).sum())
     if ordered.size:
-        edges = np.arange(ordered.size + 1)
+        edges = np.linspace(0, ordered.size, min(ordered.size, MAX_BARS) + 1).astype(int)
         axes.stairs(
-            ordered, edges, fill=True, color=BLUE, alpha=0.75, label=f"{used:,} of {ordered.size:,} used"
+            ordered[edges[:-1]],
+            edges,
+            fill=True,
+            color=BLUE,
+            alpha=0.75,
+            label=f"{used:,} of {ordered.size:,} used",
         )
         axes.axhline(ordered.mean(), color=RED, linestyle="--", linewidth=1.4, label="if all were used alike")
         axes.set_xlim(0, ordered.size)
@@ -123,7 +129,7 @@ def histogram(
         axes.set_ylim(bottom=max(ordered[ordered > 0].min() / 2, 1e-12))
     else:
         axes.set_ylim(bottom=0)
-    return _png(figure)
+    return png(figure)
 
 
 def matrix(values: "np.ndarray[Any, Any]", labels: Sequence[str], title: str) -> bytes:
@@ -143,7 +149,7 @@ def matrix(values: "np.ndarray[Any, Any]", labels: Sequence[str], title: str) ->
             f"values have shape {counts.shape}, expected {(len(labels), len(labels))}: one row a label"
         )
     side = min(max(4.0, 1.8 + 0.45 * len(labels)), 9.0)
-    figure, axes = _chart(title, "predicted class", "true class", size=(side + 1.2, side))
+    figure, axes = chart(title, "predicted class", "true class", size=(side + 1.2, side))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.grid(visible=False)
@@ -157,7 +163,7 @@ def matrix(values: "np.ndarray[Any, Any]", labels: Sequence[str], title: str) ->
         for (row, column), count in np.ndenumerate(counts):
             ink = "white" if shares[row, column] > 0.5 else INK
             axes.text(column, row, f"{count:g}", ha="center", va="center", color=ink, fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def gallery(rows: Sequence[Row], columns: Sequence[str] = (), *, tile_px: int = 128) -> bytes:
@@ -168,15 +174,16 @@ def gallery(rows: Sequence[Row], columns: Sequence[str] = (), *, tile_px: int = 
     """
     while True:
         sheet = _sheet(rows, columns, tile_px)
-        data = _encode(sheet)
+        data = encode(sheet)
         if len(data) > MAX_BYTES:
-            data = _encode(sheet.quantize(256, dither=Image.Dither.NONE))
+            data = encode(sheet.quantize(256, dither=Image.Dither.NONE))
         if len(data) <= MAX_BYTES or tile_px <= 32:
             return data
         tile_px = max(tile_px * 4 // 5, 32)
 
 
-def _chart(title: str, x_label: str, y_label: str, size: tuple[float, float] = WIDE) -> tuple[Figure, Axes]:
+def chart(title: str, x_label: str, y_label: str, size: tuple[float, float] = WIDE) -> tuple[Figure, Axes]:
+    """An empty chart in the style of all charts; ``size`` is in inches."""
     figure = Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     # names come from data: a dollar sign in them is no formula
@@ -208,15 +215,20 @@ def _curve(axes: Axes, name: str, points: Sequence[tuple[int, float]], colour: s
     axes.plot(steps, smooth, linewidth=1.8, **line)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure, *, photos: bool = False) -> bytes:
+    """A chart as PNG in 256 colours; with ``photos`` in all colours if that stays below 400 kB."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in a script that has no font
         figure.savefig(buffer, format="png")
-    return _encode(Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE))
+    image = Image.open(buffer).convert("RGB")
+    if photos and len(data := encode(image)) <= MAX_BYTES:
+        return data
+    return encode(image.quantize(256, dither=Image.Dither.NONE))
 
 
-def _encode(image: Image.Image) -> bytes:
+def encode(image: Image.Image) -> bytes:
+    """A picture as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

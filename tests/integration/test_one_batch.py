@@ -38,6 +38,8 @@ class Words:
     """A text tokenizer with one id for each letter."""
 
     size, fingerprint = 402, "words"
+    start_id, pad_id, end_id, unknown_id, mask_id = 0, 1, 2, 3, 401
+    special_ids = (0, 1, 2, 3, 401)
 
     def encode(self, text):
         return [4 + ord(letter) % 390 for letter in text[:30]]

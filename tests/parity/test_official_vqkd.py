@@ -15,6 +15,8 @@ import beitctl
 from beitctl.checkpoints.files import read_tensors
 from beitctl.checkpoints.unilm_vqkd import read_vqkd, write_vqkd
 from beitctl.engine.learner import HALF, normalise
+from beitctl.model.codebook import Rules, Upkeep
+from beitctl_plugins.tokenizers.vqkd_learner import Losses, Views, VQKDLearner
 
 FOLDER = Path(__file__).parents[3] / "shared" / "reference" / "beit12"
 FILE = FOLDER / "beit2_vqkd.pth"
@@ -76,9 +78,15 @@ def test_losses_equal(model, inputs, expected):
 
 
 def trained(model, inputs):
-    """The model after one forward pass in training mode and the backward pass of both losses."""
-    model.train().requires_grad_(True)
-    sum(losses(model, inputs)).backward()
+    """The model after one step of training as the released code makes it, but for the optimizer."""
+    learner = VQKDLearner(model, Losses(), Upkeep(model.codebook, Rules(), samples=len(inputs[0])))
+    learner.upkeep.reset_buffers()
+    pictures, target = (inputs[0] + 1) * 127.5, inputs[1]
+    batch = Views(pictures, pictures, torch.arange(len(pictures)))
+    learner.teach(lambda _: target).train().requires_grad_(True)
+    sums, counts = learner(batch), learner.counts(batch)
+    sum(sums[term][0] / counts[term] for term in sums).backward()
+    learner.after_step()
     return model
 
 

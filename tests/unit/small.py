@@ -60,6 +60,8 @@ class Letters:
 
     size = 52
     fingerprint = "letters"
+    start_id, pad_id, end_id, unknown_id, mask_id = 0, 1, 2, 3, 51
+    special_ids = (0, 1, 2, 3, 51)
 
     def encode(self, text):
         return [4 + ord(letter) % 40 for letter in text]
@@ -108,7 +110,8 @@ def pieces() -> Any:
     """A SentencePiece tokenizer with 32 ids."""
     lines = ["a small red boat on the calm blue sea", "two green dogs run over the grey field"] * 20
     source = Given(examples=tuple(Example(str(i), text=line) for i, line in enumerate(lines)))
-    return SentencePiece(pieces=30)._train([source])
+    plugin = SentencePiece(pieces=30)
+    return plugin.fit(plugin.sample([source], Record()))
 
 
 class Record:

@@ -308,7 +308,7 @@ def test_captions_longer_than_the_models_texts_are_refused():
 
 @pytest.mark.parametrize("task", [ContrastAndMatch(text_tokens=1), MaskedPair(text_tokens=1)])
 def test_captions_without_room_for_a_word_are_refused(task):
-    with pytest.raises(UserError, match=r"text_tokens \(1\) must be 0 or at least 2: <s> and </s> take two"):
+    with pytest.raises(UserError, match=r"text_tokens \(1\) must be 0 or at least 2: start and end take two"):
         task.prepare(Example("x", png(), ("cat",)), rng(), tools())
 
 

@@ -16,8 +16,8 @@ from beitctl import registry
 from beitctl.api import Plugin, TokenizerField
 from beitctl.checkpoints.files import read_tensors
 from beitctl.checkpoints.native import load_tokenizer
-from beitctl.errors import DataError
-from beitctl.model.dalle import DalleEncoder, map_pixels
+from beitctl.errors import DataError, UserError
+from beitctl.model.dalle import DalleDecoder, DalleEncoder, map_pixels, unmap_pixels
 from beitctl_plugins.tokenizers.dalle import Dalle, DalleTokenizer
 
 HIDDEN, CODES = 8, 12
@@ -30,6 +30,11 @@ def encoder(hidden=HIDDEN, codes=CODES, blocks=2):
         if name.endswith(".b"):
             nn.init.normal_(value, std=0.1)
     return model.requires_grad_(False)
+
+
+def decoder(codes=CODES):
+    torch.manual_seed(1)
+    return DalleDecoder(HIDDEN, codes, first=4).requires_grad_(False)
 
 
 def pictures(height=16, width=24):
@@ -140,7 +145,12 @@ def test_tensors_of_another_model_are_refused(state, found):
 
 def fake_package():
     """Modules like openai/DALL-E's, whose classes hold what the official ones hold."""
-    names = {"dall_e": (), "dall_e.encoder": ("Encoder", "EncoderBlock"), "dall_e.utils": ("Conv2d",)}
+    names = {
+        "dall_e": (),
+        "dall_e.encoder": ("Encoder", "EncoderBlock"),
+        "dall_e.decoder": ("Decoder", "DecoderBlock"),
+        "dall_e.utils": ("Conv2d",),
+    }
     modules = {}
     for name, classes in names.items():
         modules[name] = ModuleType(name)
@@ -155,6 +165,7 @@ def as_official(model, modules):
         "Conv": modules["dall_e.utils"].Conv2d,
         "Block": modules["dall_e.encoder"].EncoderBlock,
         "DalleEncoder": modules["dall_e.encoder"].Encoder,
+        "DalleDecoder": modules["dall_e.decoder"].Decoder,
     }
     if type(model).__name__ not in kinds:
         children = OrderedDict((name, as_official(child, modules)) for name, child in model.named_children())
@@ -182,6 +193,67 @@ def test_the_official_file_is_read_without_its_package(tmp_path, monkeypatch, fo
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
     assert torch.equal(Dalle.load(path).encode(pictures()), DalleTokenizer(model).encode(pictures()))
+
+
+def test_the_official_decoder_beside_it_draws_the_codes(tmp_path, monkeypatch):
+    modules, whole = fake_package(), DalleTokenizer(encoder(), decoder=decoder())
+    with monkeypatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        for model, name in ((encoder(), "encoder.pkl"), (decoder(), "decoder.pkl")):
+            torch.save(as_official(model, modules), tmp_path / name)
+    found, codes = Dalle.load(tmp_path / "encoder.pkl"), torch.arange(8).view(2, 4)
+    assert found.reconstruct(codes).shape == (2, 3, 16, 16)
+    assert torch.equal(found.reconstruct(codes), whole.reconstruct(codes))
+
+
+def test_the_decoder_has_the_official_size():
+    with torch.device("meta"):
+        state = DalleDecoder().state_dict()
+    assert state["blocks.input.w"].shape == (128, 8192, 1, 1)
+    assert state["blocks.group_1.block_1.id_path.w"].shape == (2048, 128, 1, 1)
+    assert state["blocks.group_4.block_2.res_path.conv_4.w"].shape == (256, 64, 3, 3)
+    assert state["blocks.output.conv.w"].shape == (6, 256, 1, 1)
+    assert sum(value.numel() for value in state.values()) == 43_829_766  # of the class in openai/DALL-E
+
+
+def test_pixels_come_back_from_their_map():
+    x = torch.rand(2, 3)
+    assert torch.allclose(unmap_pixels(map_pixels(x)), x)
+    assert unmap_pixels(torch.tensor([0.05, 0.95])).tolist() == [0.0, 1.0]
+
+
+def test_without_a_decoder_codes_cannot_be_drawn():
+    with pytest.raises(UserError, match=r"no decoder to draw codes with: put OpenAI's decoder\.pkl beside"):
+        DalleTokenizer(encoder()).reconstruct(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_a_decoder_of_other_codes_is_refused():
+    found = DalleTokenizer(encoder(), decoder=decoder(codes=9))
+    with pytest.raises(UserError, match=r"the decoder has 9 codes, the encoder 12: take both files of one"):
+        found.reconstruct(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_the_encoder_in_the_decoders_place_is_refused_by_its_name(tmp_path):
+    for name in ("encoder.pth", "decoder.pth"):
+        torch.save(encoder().state_dict(), tmp_path / name)
+    with pytest.raises(
+        DataError, match=r"decoder.pth: not the weights of a DALL-E decoder: .* \(8, 3, 7, 7\)"
+    ):
+        Dalle.load(tmp_path / "encoder.pth").reconstruct(torch.zeros(1, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("codes", [[[0, 1]], [[0, 1, 2, CODES]], [[0, 1, 2, -1]], [0, 1, 2, 3]])
+def test_codes_that_no_picture_has_are_refused(codes):
+    with pytest.raises(ValueError, match=r"must be \(pictures, side \* side\) with values in 0..11"):
+        DalleTokenizer(encoder(), decoder=decoder()).reconstruct(torch.tensor(codes))
+
+
+def test_the_decoder_is_kept_in_the_folder(tmp_path):
+    before = DalleTokenizer(encoder(), decoder=decoder())
+    before.save(tmp_path)
+    codes = torch.arange(8).view(2, 4)
+    assert torch.equal(load_tokenizer(tmp_path).reconstruct(codes), before.reconstruct(codes))
 
 
 def test_buffers_of_a_pickled_module_are_read_unless_they_are_not_saved(tmp_path):

@@ -94,6 +94,15 @@ def test_histogram_sorts_so_that_the_order_of_codes_does_not_matter():
     assert figures.histogram(counts, "A", "code") == figures.histogram(counts[::-1], "A", "code")
 
 
+def test_histogram_of_many_things_shows_the_share_that_is_used():
+    """Of more bars than pixels a part is drawn; where they end stays right."""
+    counts = np.where(np.arange(60_000) < 30_000, 7, 0)
+    blue = np.abs(pixels(figures.histogram(counts, "", "code")) - [64, 149, 197]).max(-1) <= 12
+    ends = np.nonzero(blue.mean(0) > 0.3)[0]
+    axis = 2 * (ends.max() - ends.min())  # were all in use
+    assert abs(axis - 820) < 30, "half of the codes fill half of the axis"
+
+
 @pytest.mark.parametrize("counts", [[], [0, 0], [5], [1, 10_000, 0]])
 @pytest.mark.parametrize("log_y", [False, True])
 def test_histogram_survives(counts, log_y):

@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,6 +8,19 @@ from hypothesis import strategies as st
 from beitctl.data.masking import block_mask, text_mask
 from beitctl.data.order import generator
 from beitctl.errors import UserError
+
+
+@dataclass
+class Ids:
+    """What masking asks of a text tokenizer; by default XLM-R's layout, where the mask is the last id."""
+
+    mask_id: int
+    special_ids: tuple = (0, 1, 2, 3)
+    size: int = 0
+
+    def __post_init__(self):
+        self.size = self.size or self.mask_id + 1
+
 
 MASK = 99
 IDS = np.array([0, 5, 6, 7, 8, 9, 10, 11, 12, 13, 2])
@@ -73,7 +88,7 @@ def test_no_masked_patch_is_refused():
 
 
 def test_text_targets_are_the_ids_at_the_chosen_places_only():
-    masked, targets = text_mask(IDS, 0.5, generator(1), mask_id=MASK)
+    masked, targets = text_mask(IDS, 0.5, generator(1), Ids(MASK))
     chosen = targets >= 0
     assert (targets[chosen] == IDS[chosen]).all()
     assert (masked[~chosen] == IDS[~chosen]).all()
@@ -81,54 +96,54 @@ def test_text_targets_are_the_ids_at_the_chosen_places_only():
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.15, 1), (0.5, 4), (0.01, 1), (1.0, 9)])
 def test_the_share_of_the_ordinary_tokens_is_rounded_and_at_least_one(ratio, count):
-    assert (text_mask(IDS, ratio, generator(0), mask_id=MASK)[1] >= 0).sum() == count
+    assert (text_mask(IDS, ratio, generator(0), Ids(MASK))[1] >= 0).sum() == count
 
 
 def test_special_tokens_are_never_chosen():
     for seed in range(50):
-        _, targets = text_mask(np.array([0, 3, MASK, 50, 1, 2]), 1.0, generator(seed), mask_id=MASK)
+        _, targets = text_mask(np.array([0, 3, MASK, 50, 1, 2]), 1.0, generator(seed), Ids(MASK))
         assert targets.tolist() == [-1, -1, -1, 50, -1, -1]
 
 
 def test_a_text_of_special_tokens_stays_as_it_is():
-    masked, targets = text_mask(np.array([0, 2]), 0.5, generator(0), mask_id=MASK)
+    masked, targets = text_mask(np.array([0, 2]), 0.5, generator(0), Ids(MASK))
     assert masked.tolist() == [0, 2]
     assert targets.tolist() == [-1, -1]
 
 
 def test_four_fifths_are_masked_and_a_tenth_swapped():
     ids = np.full(20_000, 50)
-    masked, _ = text_mask(ids, 1.0, generator(0), mask_id=MASK)
+    masked, _ = text_mask(ids, 1.0, generator(0), Ids(MASK))
     assert (masked == MASK).mean() == pytest.approx(0.8, abs=0.01)
     assert (masked == 50).mean() == pytest.approx(0.1 + 0.1 / 95, abs=0.01)
 
 
 def test_swapped_tokens_are_ordinary_ids_below_the_mask():
-    masked, _ = text_mask(np.full(5000, 50), 1.0, generator(0), mask_id=60, mask_share=0, random_share=1)
+    masked, _ = text_mask(np.full(5000, 50), 1.0, generator(0), Ids(60), mask_share=0, random_share=1)
     assert set(masked.tolist()) == set(range(4, 60))
 
 
 def test_all_chosen_tokens_become_the_mask_if_asked():
-    masked, _ = text_mask(IDS, 1.0, generator(0), mask_id=MASK, mask_share=1, random_share=0)
+    masked, _ = text_mask(IDS, 1.0, generator(0), Ids(MASK), mask_share=1, random_share=0)
     assert masked.tolist() == [0, *[MASK] * 9, 2]
 
 
 def test_the_ids_given_are_not_changed():
     before = IDS.copy()
-    text_mask(IDS, 1.0, generator(0), mask_id=MASK)
+    text_mask(IDS, 1.0, generator(0), Ids(MASK))
     assert (before == IDS).all()
 
 
 @pytest.mark.parametrize("ratio", [0, 1.1, float("nan")])
 def test_a_share_of_masked_tokens_outside_of_0_to_1_is_refused(ratio):
     with pytest.raises(UserError, match=rf"share of masked tokens \({ratio}\) must be above 0 and at most 1"):
-        text_mask(IDS, ratio, generator(0), mask_id=MASK)
+        text_mask(IDS, ratio, generator(0), Ids(MASK))
 
 
 @pytest.mark.parametrize("shares", [(0.8, 0.3), (-0.1, 0.1)])
 def test_shares_that_do_not_add_up_are_refused(shares):
     with pytest.raises(UserError, match=r"must add up to at most 1"):
-        text_mask(IDS, 0.5, generator(0), mask_id=MASK, mask_share=shares[0], random_share=shares[1])
+        text_mask(IDS, 0.5, generator(0), Ids(MASK), mask_share=shares[0], random_share=shares[1])
 
 
 def test_no_block_spans_the_grid():
@@ -141,7 +156,7 @@ STARTS = np.array([True, True, False, False, True, False, True, True, True])
 
 def test_whole_words_are_hidden_together():
     for seed in range(50):
-        _, targets = text_mask(WORDS, 0.4, np.random.default_rng(seed), mask_id=99, starts=STARTS)
+        _, targets = text_mask(WORDS, 0.4, np.random.default_rng(seed), Ids(99), starts=STARTS)
         hidden = set(np.flatnonzero(targets >= 0).tolist())
         assert all(set(word) <= hidden or not set(word) & hidden for word in ((1, 2, 3), (4, 5), (6,), (7,)))
         assert hidden
@@ -149,7 +164,7 @@ def test_whole_words_are_hidden_together():
 
 def test_whole_words_keep_to_the_share_unless_the_first_is_longer():
     counts = [
-        int((text_mask(WORDS, 0.3, np.random.default_rng(s), mask_id=99, starts=STARTS)[1] >= 0).sum())
+        int((text_mask(WORDS, 0.3, np.random.default_rng(s), Ids(99), starts=STARTS)[1] >= 0).sum())
         for s in range(200)
     ]
     assert set(counts) == {2, 3}
@@ -157,6 +172,49 @@ def test_whole_words_keep_to_the_share_unless_the_first_is_longer():
 
 def test_a_text_without_words_stays_as_it_is_when_words_are_hidden_whole():
     ids = np.array([0, 2])
-    masked, targets = text_mask(ids, 0.5, generator(0), mask_id=99, starts=np.array([True, True]))
+    masked, targets = text_mask(ids, 0.5, generator(0), Ids(99), starts=np.array([True, True]))
     assert masked.tolist() == [0, 2]
     assert (targets == -1).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), mask=st.integers(5, 500), length=st.integers(0, 40))
+def test_the_draws_in_the_layout_of_xlm_r_are_those_of_ids_from_4_to_the_mask(seed, mask, length):
+    ids = np.array([0, *np.random.default_rng(seed).integers(3, mask + 1, length), 2])
+    draw = generator("plain", seed)
+    ordinary = np.flatnonzero((ids >= 4) & (ids != mask))
+    chosen = draw.choice(ordinary, min(max(round(0.5 * len(ordinary)), 1), len(ordinary)), replace=False)
+    fate = draw.random(len(chosen))
+    expected = ids.copy()
+    expected[chosen[fate < 0.8]] = mask
+    swapped = chosen[(fate >= 0.8) & (fate < 0.9)]
+    expected[swapped] = draw.integers(4, mask, size=len(swapped))
+    masked, _ = text_mask(ids, 0.5, generator("plain", seed), Ids(mask))
+    assert masked.tolist() == expected.tolist()
+
+
+BERT = (0, 100, 101, 102, 103)
+
+
+def test_swapped_tokens_are_any_but_special_ids_wherever_those_are():
+    ids = np.full(20_000, 50)
+    masked, _ = text_mask(ids, 1.0, generator(0), Ids(103, BERT, 120), mask_share=0, random_share=1)
+    assert set(masked.tolist()) == set(range(120)) - set(BERT)
+
+
+def test_special_ids_are_never_chosen_wherever_they_are():
+    for seed in range(20):
+        _, targets = text_mask(
+            np.array([101, 0, 100, 103, 7, 102]), 1.0, generator(seed), Ids(103, BERT, 120)
+        )
+        assert targets.tolist() == [-1, -1, -1, -1, 7, -1]
+
+
+@pytest.mark.parametrize("special", [range(10), (9,), (0,), (5, 3, 3, 9, 40)])
+def test_any_set_of_special_ids_is_left_out_of_the_draw(special):
+    given = [id for id in range(10) if id not in special][:1] * 2000
+    masked, _ = text_mask(
+        np.array(given, dtype=np.int64), 1.0, generator(1), Ids(9, tuple(special), 10),
+        mask_share=0, random_share=1,
+    )  # fmt: skip
+    assert set(masked.tolist()) == set(range(9)) - set(special)

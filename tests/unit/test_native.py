@@ -243,8 +243,8 @@ def test_a_damaged_note_of_a_tokenizer_is_refused(tmp_path, text):
 
 
 def test_the_kind_of_a_tokenizer_must_be_installed(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"kind": "wordpiece"}')
-    with pytest.raises(PluginError, match=r"no 'wordpiece' in beitctl.tokenizers"):
+    (tmp_path / "tokenizer.json").write_text('{"kind": "letters"}')
+    with pytest.raises(PluginError, match=r"no 'letters' in beitctl.tokenizers"):
         load_tokenizer(tmp_path)
 
 

@@ -1,15 +1,21 @@
 """The stage tokenize-images: a store of fixed views, whatever is unreadable or interrupted."""
 
+import hashlib
+import io
+import json
+
 import numpy as np
 import pytest
 import torch
-from small import Given, Record, coloured, png
+from PIL import Image
+from small import Given, Letters, Record, coloured, png
 from torch import nn
 
 from beitctl.api import Example, Job
-from beitctl.data.images import Pictures
+from beitctl.data.images import Pictures, random_crop
+from beitctl.data.order import generator
 from beitctl.data.store import TokenStore
-from beitctl.errors import DataError
+from beitctl.errors import DataError, UserError
 from beitctl_plugins.stages.tokenize_images import TokenizeImages
 
 
@@ -56,6 +62,13 @@ def run(folder, made, **options):
     return made.run(Job(folder, log, **options)), log
 
 
+def record(folder):
+    """What the store says about itself, but for who made it."""
+    found = json.loads((folder / "tokens" / "store.json").read_text())
+    del found["made"]
+    return found
+
+
 def test_every_view_of_every_picture_has_its_codes(tokenizer, tmp_path):
     metrics, _ = run(tmp_path, stage(source()))
     store = TokenStore.open(tmp_path / "tokens")
@@ -66,10 +79,6 @@ def test_every_view_of_every_picture_has_its_codes(tokenizer, tmp_path):
 
 def test_the_codes_are_those_of_the_crop_that_is_stored(tokenizer, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8)
-    import io
-
-    from PIL import Image
-
     stream = io.BytesIO()
     Image.fromarray(noise).save(stream, "PNG")
     example = Example("noise", stream.getvalue())
@@ -138,14 +147,14 @@ def test_a_run_that_failed_for_corrupt_pictures_fails_again_when_it_is_resumed(t
 
 def test_it_goes_on_after_the_last_whole_shard(tokenizer, tmp_path):
     run(tmp_path, stage(source()))
-    whole = (tmp_path / "tokens" / "store.json").read_text()
+    whole = record(tmp_path)
     (tmp_path / "tokens" / "store.json").unlink()
     (tmp_path / "tokens" / "tokens-00001.parquet").unlink()
     tokenizer.seen = 0
     metrics, _ = run(tmp_path, stage(source()))
     assert tokenizer.seen == 4
     assert metrics["pictures"] == 5
-    assert (tmp_path / "tokens" / "store.json").read_text() == whole
+    assert record(tmp_path) == whole
 
 
 def test_without_resume_everything_is_encoded_again(tokenizer, tmp_path):
@@ -186,3 +195,102 @@ def test_a_code_is_shown_by_the_patch_closest_to_it(tmp_path, tokenizer):
     assert patches.shape == (8, 3, 4, 4)
     assert patches[2, 0].min() == patches[2, 0].max() == 90
     assert not patches[5].any()
+
+
+def picture_file(mode, kind, **options):
+    """A picture of 20 px whose red is 200, as a file of a kind and mode."""
+    stream, picture = io.BytesIO(), Image.new("RGB", (20, 20), (200, 200, 200))
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((20, 20), 200 * 257, np.uint16))
+    else:
+        picture = picture.convert(mode)
+    if options.pop("frames", 0):
+        options |= {"save_all": True, "append_images": [Image.new(mode, (20, 20))]}
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"),
+    [
+        ("L", "PNG", {}),
+        ("CMYK", "JPEG", {"quality": 100}),
+        ("I;16", "PNG", {}),
+        ("P", "GIF", {"frames": 2}),
+        ("RGBA", "PNG", {}),
+        ("LA", "PNG", {}),
+        ("RGB", "WEBP", {"lossless": True}),
+    ],
+)
+def test_grey_cmyk_16_bit_animated_and_alpha_pictures_have_codes_of_what_they_show(
+    tokenizer, tmp_path, mode, kind, options
+):
+    example = Example("p", picture_file(mode, kind, **options))
+    run(tmp_path, stage(Given(examples=(example,))))
+    assert TokenStore.open(tmp_path / "tokens").view("p", 0)[1].tolist() == [6] * 4
+
+
+def test_a_picture_cut_off_in_the_middle_is_skipped_by_name(tokenizer, tmp_path):
+    whole = picture_file("RGB", "JPEG")
+    examples = (Example("good", whole), Example("half", whole[: len(whole) // 2]))
+    run(tmp_path, stage(Given(examples=examples)))
+    store = TokenStore.open(tmp_path / "tokens")
+    assert store.ids == ["good"]
+    assert [line.startswith("half: not a readable picture") for line in store.skipped] == [True]
+
+
+def test_the_job_ends_as_soon_as_too_many_pictures_are_bad(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="2 of 40 pictures cannot be read"):
+        run(tmp_path, stage(source(0, 1, count=40)))
+    assert len(list((tmp_path / "tokens").glob("*.parquet"))) < 5
+
+
+def test_a_picture_file_that_went_away_is_named_with_its_path(tokenizer, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    examples = (Example("a", tmp_path / "a.png"), Example("b", tmp_path / "b.png"))
+    run(tmp_path, stage(Given(examples=examples)))
+    (line,) = TokenStore.open(tmp_path / "tokens").skipped
+    assert line.startswith(f"b ({tmp_path}/b.png): not a readable picture (No such file or directory)")
+
+
+def test_the_store_knows_the_bytes_of_every_picture(tokenizer, tmp_path):
+    (tmp_path / "a.png").write_bytes(png((9, 9, 9)))
+    run(tmp_path, stage(Given(examples=(Example("a", tmp_path / "a.png"), Example("b", png())))))
+    store = TokenStore.open(tmp_path / "tokens")
+    assert store.picture("a") == hashlib.blake2b(png((9, 9, 9)), digest_size=16).digest()
+    assert store.picture("b") == hashlib.blake2b(png(), digest_size=16).digest()
+
+
+def test_views_are_those_of_the_seed_and_the_id(tokenizer, tmp_path):
+    run(tmp_path, stage(source(), seed=3, crop_scale=(0.1, 0.5), jitter=0.3))
+    store, rng = TokenStore.open(tmp_path / "tokens"), generator(3, "views", "p2")
+    drawn = [random_crop(20, 20, rng, scale=(0.1, 0.5), jitter=0.3) for _ in range(2)]
+    assert [store.view("p2", number)[0] for number in range(2)] == drawn
+
+
+def test_a_run_without_resume_clears_what_other_settings_left(tokenizer, tmp_path):
+    run(tmp_path, stage(source(), shard_pictures=1))
+    run(tmp_path, stage(source(), shard_pictures=4), resume=False)
+    assert len(list((tmp_path / "tokens").glob("*.parquet"))) == 2
+    assert len(TokenStore.open(tmp_path / "tokens").ids) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"jitter": 0.4}, "jitter was 0.0, is 0.4"), ({"precision": "bf16"}, 'precision was "fp32", is "bf16"')],
+)
+def test_a_stopped_run_with_other_settings_is_refused_by_name(tokenizer, tmp_path, change, told):
+    run(tmp_path, stage(source(), precision="fp32"))
+    with pytest.raises(UserError, match=f"of a store with other settings: {told}"):
+        run(tmp_path, stage(source(), **{"precision": "fp32"} | change))
+
+
+def test_a_tokenizer_of_texts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("beitctl.checkpoints.native.load_tokenizer", lambda path: Letters())
+    with pytest.raises(UserError, match=r"tokenizer: \. is no image tokenizer"):
+        run(tmp_path, stage(source()))
+
+
+def test_an_unknown_setting_of_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="tokenizer_settings: unknown head; known: heads"):
+        run(tmp_path, stage(source(), tokenizer_settings={"head": 3}))

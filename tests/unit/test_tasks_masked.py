@@ -117,7 +117,7 @@ def test_a_text_that_fits_is_read_whole():
 
 
 def test_a_frame_is_start_and_end():
-    assert framed([7, 8]).tolist() == [0, 7, 8, 2]
+    assert framed([7, 8], Letters()).tolist() == [0, 7, 8, 2]
 
 
 @pytest.mark.parametrize(("train", "expected"), [(True, 3), (False, 1)])

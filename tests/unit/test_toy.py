@@ -132,3 +132,11 @@ def test_the_given_table_is_left_as_it_is():
 def test_the_small_table_is_one_that_the_stage_accepts():
     made = Pretrain.model_validate(Pretrain.smoke(TABLE))
     assert (made.model.layers, made.expect_codes, made.objectives["image"].samples) == (4, 100, 8)
+
+
+def test_a_tokenizer_inside_the_step_becomes_that_of_the_recipe_tiny():
+    given = {**TABLE, "image_tokenizer": "vqkd.pth", "image_tokenizer_settings": {"heads": 12}}
+    given = {key: value for key, value in given.items() if key != "tokens"}
+    found = Pretrain.smoke(given)
+    assert found["image_tokenizer"] == "@train-tokenizer.image"
+    assert "image_tokenizer_settings" not in found

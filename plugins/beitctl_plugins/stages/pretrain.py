@@ -1,6 +1,6 @@
 """The stage ``pretrain``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from beitctl.data.loader import StepData, Stream
     from beitctl.engine.dist import Ranks
     from beitctl.engine.learner import MultiwayLearner
+    from beitctl_plugins.stages.image_codes import Online
 
 HELD_OUT_SAMPLES = 512
 BASELINE_STEPS = 20
@@ -45,9 +46,16 @@ class Pretrain(Plugin):
     objectives: dict[str, ObjectiveTable] = Field(min_length=1)
     """What is learnt, by name: BEiT-3 has image, text and pair."""
     text_tokenizer: str = ""
-    """The text tokenizer: ``@train-tokenizer.text``, a run folder or a .spm file."""
+    """The text tokenizer: ``@train-tokenizer.text``, a run folder, a .spm file or BERT's ``vocab.txt``."""
     tokens: str = ""
     """The token store with the image codes: ``@tokenize-images`` or a folder."""
+    tokens_from: str = ""
+    """The tokenizer that the store must have been made with: a store of another one is refused."""
+    image_tokenizer: str = ""
+    """In place of ``tokens``: the image tokenizer that computes codes in every step, of crops drawn anew:
+    ``@train-tokenizer.image``, a folder or a released file."""
+    image_tokenizer_settings: dict[str, Any] = Field(default_factory=dict)
+    """What its file does not say, such as ``{ heads = 12 }``."""
     expect_codes: int = Field(default=8192, ge=2)
     """Codes of the image tokenizer, for the plan of a run whose token store does not exist yet."""
     init: str = ""
@@ -57,6 +65,16 @@ class Pretrain(Plugin):
     """What the file of ``init`` does not say, such as ``{ heads = 12 }``."""
     frozen: list[str] = Field(default_factory=list)
     """Parts of names of parameters that are not trained, such as ``attention`` or ``ffn.vision``."""
+
+    @model_validator(mode="after")
+    def _one_origin_of_codes(self) -> "Pretrain":
+        if self.tokens and self.image_tokenizer:
+            raise ValueError("tokens and image_tokenizer: codes come from one of them, remove the other")
+        if self.tokens_from and not self.tokens:
+            raise ValueError("tokens_from says which tokenizer made tokens, which is not set")
+        if self.image_tokenizer_settings and not (self.image_tokenizer or self.tokens_from):
+            raise ValueError("image_tokenizer_settings belong to image_tokenizer, which is not set")
+        return self
 
     @model_validator(mode="after")
     def _fitting(self) -> "Pretrain":
@@ -101,6 +119,7 @@ class Pretrain(Plugin):
             | {"total": sum(table.samples for table in self.objectives.values())},
             "tokens per picture": self.model.picture_tokens,
             "steps": steps,
+            **({"image codes": f"online, {self.image_tokenizer}"} if self.image_tokenizer else {}),
             "data": {name: self._need(table, steps) for name, table in self.objectives.items()},
         }
 
@@ -135,12 +154,14 @@ class Pretrain(Plugin):
         from beitctl_plugins.stages import shared
 
         ranks = dist.start()
-        tokenizer = shared.open_text(job, self.text_tokenizer)
-        tokens, labels = shared.open_tokens(job, self.tokens), self._labels()
-        tools = Tools(self.model, tokenizer, tokens, labels=labels, pictures=shared.pictures())
+        tokenizer, labels = shared.open_text(job, self.text_tokenizer), self._labels()
+        tokens, online = shared.open_tokens(job, self.tokens), self._online(job, ranks)
+        sizes = online.sizes if online else None
+        tools = Tools(self.model, tokenizer, tokens, labels, pictures=shared.pictures(), online=sizes)
         for name, table in self.objectives.items():
             shared.check_share(name, table.task, table.samples, self.train.micro_samples, ranks)
         streams = [self._stream(name, table, table.source, tools) for name, table in self.objectives.items()]
+        self._check_tokens(tokens, streams, job)
         config, seed, known = self.model, self.train.seed, self._start(job)
 
         def value(name: str, shape: Any) -> Any:
@@ -151,6 +172,8 @@ class Pretrain(Plugin):
             config, self._objectives(), dict.fromkeys(self.objectives, tools), ranks, self.train.precision,
             value, frozen=self.frozen,
         )  # fmt: skip
+        if online:
+            learner.code_with(online)
         if self.init:
             shared.report_start(learner, known, job)
         data = shared.fit(learner, streams, self.train, ranks, job)
@@ -162,7 +185,40 @@ class Pretrain(Plugin):
             labels=labels,
             tokenizer=tokenizer,
         )
-        return self._measure(learner, tools, data, ranks, job)
+        found = self._measure(learner, tools, data, ranks, job, online)
+        return {**found, "tokens": "online" if online else "store"} if self._coded() else found
+
+    def _coded(self) -> bool:
+        """Whether an objective predicts codes of patches."""
+        from beitctl_plugins.stages.image_codes import predicts_codes
+
+        return any(predicts_codes(table.task) for table in self.objectives.values())
+
+    def _online(self, job: Job, ranks: "Ranks") -> "Online | None":
+        """The tokenizer that computes codes in the training step, if the recipe names one."""
+        from beitctl.engine.shard import compute_dtype
+        from beitctl_plugins.stages.image_codes import Online, open_tokenizer
+
+        if not self.image_tokenizer or not self._coded():
+            return None
+        path = job.path(self.image_tokenizer)
+        found = open_tokenizer(path, self.image_tokenizer_settings, "image_tokenizer")
+        return Online(found, ranks.device, compute_dtype(self.train.precision, ranks.device))
+
+    def _check_tokens(self, tokens: Any, streams: "Sequence[Stream]", job: Job) -> None:
+        """Refuse a store of another tokenizer or of other pictures."""
+        from beitctl.data.store import TokenStore
+        from beitctl_plugins.stages import image_codes
+
+        if not isinstance(tokens, TokenStore):
+            return
+        if self.tokens_from:
+            path, settings = job.path(self.tokens_from), self.image_tokenizer_settings
+            tokenizer = image_codes.open_tokenizer(path, settings, "image_tokenizer")
+            image_codes.check_tokenizer(tokens, tokenizer, f"tokens_from ({self.tokens_from})")
+        for stream in streams:
+            if image_codes.predicts_codes(stream.task):
+                image_codes.check_pictures(tokens, stream.examples, self.train.seed)
 
     def _start(self, job: Job) -> "dict[str, torch.Tensor]":
         """The tensors of ``init``, adapted to this model; empty without one."""
@@ -201,8 +257,9 @@ class Pretrain(Plugin):
         return Stream(name, table.task, source.open(), table.samples, tools)
 
     def _measure(
-        self, learner: "MultiwayLearner", tools: Tools, data: "StepData", ranks: "Ranks", job: Job
-    ) -> Mapping[str, Any]:
+        self, learner: "MultiwayLearner", tools: Tools, data: "StepData", ranks: "Ranks", job: Job,
+        online: "Online | None",
+    ) -> Mapping[str, Any]:  # fmt: skip
         """Losses at both ends, accuracy on held-out examples, and that of the most frequent token."""
         from beitctl.data.loader import Place, batches, prepared
         from beitctl.engine.loop import evaluate
@@ -220,6 +277,8 @@ class Pretrain(Plugin):
             )
             for name, stream in held.items()
         }
+        if online:
+            items = {name: (task, online.filled(found)) for name, (task, found) in items.items()}
         place, size = Place(ranks.rank, ranks.world), 64 + -64 % ranks.world
         found = evaluate(learner, batches(items, self.model, size, place), ranks)
         job.log.evaluation("held out", self.train.steps, found)
@@ -247,7 +306,7 @@ def _most_frequent(data: "StepData", learner: "MultiwayLearner") -> dict[str, in
 
     targets: dict[str, list[np.ndarray[Any, Any]]] = {}
     for step in range(BASELINE_STEPS):
-        for batch in data[step]:
+        for batch in map(learner.coded, data[step]):
             for objective in learner.objectives:
                 group = batch.groups[objective.name]
                 found = {"patch": group.patch_targets, "text": group.text_targets, "sample": group.labels}

@@ -21,7 +21,10 @@ SHOWN = 8
 def reconstructions(
     learner: MultiwayLearner, held: Mapping[str, Stream], job: Job, ranks: Ranks, tokens: Path | None
 ) -> None:
-    """Original, masked, and what the predicted codes stand for; captions with hidden words filled in."""
+    """Original, masked, and what the predicted codes stand for; captions with hidden words filled in.
+
+    Only a token store knows patches that stand for its codes; without one there are no pictures.
+    """
     learner.eval()
     patches = _patches(tokens)
     config = learner.model.config

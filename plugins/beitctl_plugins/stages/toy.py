@@ -31,6 +31,15 @@ CONTENT = {"pair": "pairs", "dual": "pairs", "text": "text"}
 """Layout of a task to the embedded examples that it can use; pictures with labels for all others."""
 
 
+STAND_INS = {
+    "text_tokenizer": "@train-tokenizer.text",
+    "tokens": "@tokenize-images",
+    "tokens_from": "@train-tokenizer.image",
+    "image_tokenizer": "@train-tokenizer.image",
+}
+"""Settings that refer to other stages, and the tables of the recipe tiny that take their place."""
+
+
 def pretraining(table: Mapping[str, Any]) -> Table:
     """A table ``[pretrain]`` at toy size."""
     small = {
@@ -39,9 +48,10 @@ def pretraining(table: Mapping[str, Any]) -> Table:
         "train": train(table["train"]),
         "objectives": {name: objective(inner) for name, inner in table["objectives"].items()},
     }
-    for name, stand_in in (("text_tokenizer", "@train-tokenizer.text"), ("tokens", "@tokenize-images")):
+    for name, stand_in in STAND_INS.items():
         if small.get(name):
             small[name] = stand_in
+    small.pop("image_tokenizer_settings", None)  # of a released file
     if not str(small.get("init", "")).startswith("@"):
         small.pop("init", None)  # a file: weights of the full size
     return small

@@ -9,7 +9,7 @@ from beitctl.api import Job, Plugin, SourceField, TokenizerField
 
 
 class TrainTokenizer(Plugin):
-    """Train a tokenizer: SentencePiece for text, VQ-KD for pictures."""
+    """Train a tokenizer: SentencePiece or WordPiece for text, VQ-KD or a discrete VAE for pictures."""
 
     tokenizer: TokenizerField
     """The tokenizer and its settings."""

@@ -42,11 +42,12 @@ def pair_scores(stored: Stored, examples: Sequence[Example], tools: Tools, devic
     pictures = torch.from_numpy(np.stack([view_of(e, rng, tools, (1.0, 1.0)) for e in examples])).to(device)
     pixels = normalise(pictures, PIXELS[stored.model.pixels])
     tokenizer = loaded(tools)
-    ids = [framed(tokenizer.encode(e.captions[0])[: stored.model.text_tokens - 2]) for e in examples]
+    most = stored.model.text_tokens - 2
+    ids = [framed(tokenizer.encode(e.captions[0])[:most], tokenizer) for e in examples]
     scores = torch.zeros(len(ids), len(ids))
     for row, text in enumerate(ids):
-        scores[row] = _likelihood(model, head, pixels, text, tokenizer.size - 1)
-        scores[row] -= _likelihood(model, head, pixels[:1], text, tokenizer.size - 1, blind=True)
+        scores[row] = _likelihood(model, head, pixels, text, tokenizer.mask_id)
+        scores[row] -= _likelihood(model, head, pixels[:1], text, tokenizer.mask_id, blind=True)
     return scores
 
 

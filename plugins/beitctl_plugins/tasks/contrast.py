@@ -68,10 +68,11 @@ class ContrastAndMatch(Plugin):
         return found
 
     def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
-        ids = loaded(tools).encode(caption_of(example, draw, tools))
+        tokenizer = loaded(tools)
+        ids = tokenizer.encode(caption_of(example, draw, tools))[: longest(self.text_tokens, tools) - 2]
         image = view_of(example, draw, tools, self.crop_scale)
         chance = (float(draw.random()), float(draw.random()))
-        return Item(image=image, text=framed(ids[: longest(self.text_tokens, tools) - 2]), chance=chance)
+        return Item(image=image, text=framed(ids, tokenizer), chance=chance)
 
     def output(
         self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]

@@ -8,9 +8,10 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor, nn
 
-from beitctl.api import Example, Item, Plugin, Term, TextTokenizer, Tools
+from beitctl.api import CropScale, Example, Item, Plugin, Term, TextTokenizer, Tools
 from beitctl.config import ModelConfig
 from beitctl.data.batch import Group
+from beitctl.data.images import random_crop
 from beitctl.data.masking import block_mask, text_mask
 from beitctl.engine.losses import masked_cross_entropy
 from beitctl.errors import DataError, UserError
@@ -23,6 +24,8 @@ TEXT_HEAD = "text_tokens"
 BOTTLENECK = "aggregation"
 WHOLE_CROP = (0.2, 1.0)
 """Crop of pictures of which nothing is hidden (BEiT v2's)."""
+ONLINE_CROP = (0.2, 1.0)
+"""Crop of pictures whose codes are computed online, if the task does not say it (BEiT v2's)."""
 
 
 class Bottleneck(Plugin):
@@ -47,6 +50,12 @@ class MaskedImage(Plugin):
     """Whether single patches make up for blocks that stay short of the share (BEiT v2), or not (BEiT-1)."""
     bottleneck: Bottleneck | None = None
     """A second prediction through the class token, with the same head (BEiT v2)."""
+    crop_scale: CropScale | None = None
+    """Smallest and largest share of the picture that a view shows, (0.2, 1.0) by default, where codes are
+    computed online; a token store has its own, which this must equal if it is set."""
+    jitter: float | None = Field(default=None, ge=0, lt=1)
+    """Strength of the random brightness, contrast and saturation that model and tokenizer see, 0 by default
+    (papers: 0.4), where codes are computed online; a token store has its own, as above."""
 
     @classmethod
     def smoke(cls, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +71,7 @@ class MaskedImage(Plugin):
         return [self.bottleneck.early_layers] if self.bottleneck else []
 
     def heads(self, tools: Tools) -> dict[str, nn.Module]:
-        found: dict[str, nn.Module] = {IMAGE_HEAD: nn.Linear(tools.model.width, _tokens(tools).codes)}
+        found: dict[str, nn.Module] = {IMAGE_HEAD: nn.Linear(tools.model.width, _codes(self, tools).codes)}
         if self.bottleneck:
             early, layers = self.bottleneck.early_layers, tools.model.layers
             if early > layers:
@@ -73,7 +82,7 @@ class MaskedImage(Plugin):
         return found
 
     def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
-        return _masked_picture(example, draw, tools, self.mask_ratio, self.min_block, self.exact)
+        return _masked_picture(example, draw, tools, self, (self.mask_ratio, self.min_block, self.exact))
 
     def loss(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
         head, targets = heads[IMAGE_HEAD], group.patch_targets
@@ -94,7 +103,7 @@ class MaskedText(Plugin):
     layout: ClassVar[Literal["text"]] = "text"
 
     mask_ratio: float = Field(default=0.15, gt=0, le=1)
-    """Share of the tokens that are hidden; <s> and </s> never are."""
+    """Share of the tokens that are hidden; special ones never are."""
     head: Literal["linear", "bert"] = "linear"
     """Head on the tokens: one linear layer (BEiT-3), or BERT's with a transform before it (VLMo)."""
     whole_words: bool = False
@@ -110,7 +119,7 @@ class MaskedText(Plugin):
         tokenizer = loaded(tools)
         if not example.text:
             raise DataError(f"{example.id}: no text")
-        ids = framed(window(tokenizer.encode(example.text), tools.model.text_tokens - 2, draw))
+        ids = framed(window(tokenizer.encode(example.text), tools.model.text_tokens - 2, draw), tokenizer)
         masked, targets = _hidden(ids, self.mask_ratio, self.whole_words, draw, tokenizer)
         return Item(text=masked, text_targets=targets)
 
@@ -141,6 +150,12 @@ class MaskedPair(Plugin):
     """Whether all tokens of a word are hidden together (VLMo)."""
     text_tokens: int = Field(default=0, ge=0)
     """Longest caption in tokens, special tokens included; 0: the model's longest text."""
+    crop_scale: CropScale | None = None
+    """Smallest and largest share of the picture that a view shows, (0.2, 1.0) by default, where codes are
+    computed online; a token store has its own, which this must equal if it is set."""
+    jitter: float | None = Field(default=None, ge=0, lt=1)
+    """Strength of the random brightness, contrast and saturation that model and tokenizer see, 0 by default
+    (papers: 0.4), where codes are computed online; a token store has its own, as above."""
 
     @classmethod
     def smoke(cls, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,17 +171,18 @@ class MaskedPair(Plugin):
     def heads(self, tools: Tools) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {TEXT_HEAD: _text_head(self.head, tools)}
         if self.image_mask_ratio:
-            found[IMAGE_HEAD] = nn.Linear(tools.model.width, _tokens(tools).codes)
+            found[IMAGE_HEAD] = nn.Linear(tools.model.width, _codes(self, tools).codes)
         return found
 
     def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
         tokenizer = loaded(tools)
         caption = caption_of(example, draw, tools)
-        ids = framed(tokenizer.encode(caption)[: longest(self.text_tokens, tools) - 2])
+        ids = framed(tokenizer.encode(caption)[: longest(self.text_tokens, tools) - 2], tokenizer)
         masked, targets = _hidden(ids, self.text_mask_ratio, self.whole_words, draw, tokenizer)
         if not self.image_mask_ratio:
             return Item(image=view_of(example, draw, tools, WHOLE_CROP), text=masked, text_targets=targets)
-        picture = _masked_picture(example, draw, tools, self.image_mask_ratio, self.min_block, exact=True)
+        hidden = (self.image_mask_ratio, self.min_block, True)
+        picture = _masked_picture(example, draw, tools, self, hidden)
         return replace(picture, text=masked, text_targets=targets)
 
     def loss(self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -196,7 +212,7 @@ def _hidden(
 ) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
     """Ids to feed, and ids to predict."""
     starts = np.array(tokenizer.starts(ids.tolist())) if whole else None
-    return text_mask(ids, ratio, draw, mask_id=tokenizer.size - 1, starts=starts)
+    return text_mask(ids, ratio, draw, tokenizer, starts=starts)
 
 
 def _text_head(kind: str, tools: Tools) -> nn.Module:
@@ -205,36 +221,56 @@ def _text_head(kind: str, tools: Tools) -> nn.Module:
     return nn.Linear(tools.model.width, tools.model.vocabulary)
 
 
-def _tokens(tools: Tools) -> Any:
-    """The token store.
+def _codes(task: MaskedImage | MaskedPair, tools: Tools) -> Any:
+    """The token store, or what is known of the tokenizer that computes codes online.
 
     Raises:
-        UserError: there is none, or it was made for another patch grid.
+        UserError: there is neither, or it was made for another patch grid or draws other views.
     """
-    if tools.tokens is None:
-        raise UserError('this task predicts image codes: set tokens, for example to "@tokenize-images"')
-    height, width = tools.model.grid
-    if (tools.tokens.grid, tools.tokens.grid) != (height, width):
+    found, height, width = tools.tokens or tools.online, *tools.model.grid
+    if found is None:
         raise UserError(
-            f"the token store has {tools.tokens.grid} x {tools.tokens.grid} codes a picture, the model "
+            'this task predicts image codes: set tokens, for example to "@tokenize-images", or '
+            'image_tokenizer, for example to "@train-tokenizer.image"'
+        )
+    if (found.grid, found.grid) != (height, width):
+        what = "the token store" if tools.tokens else "the image tokenizer"
+        raise UserError(
+            f"{what} has {found.grid} x {found.grid} codes a picture, the model "
             f"{height} x {width} patches; make image_px / patch_px of both equal"
         )
-    return tools.tokens
+    for name, wanted in (("crop_scale", task.crop_scale), ("jitter", task.jitter)):
+        there = getattr(found, name, wanted)
+        if wanted is not None and there != wanted:
+            raise UserError(
+                f"the task says {name} = {wanted}, the token store was made with {name} = {there}; make both "
+                "equal, or leave it out of the task"
+            )
+    return found
 
 
 def _masked_picture(
-    example: Example, draw: np.random.Generator, tools: Tools, ratio: float, min_block: int, exact: bool
-) -> Item:
-    """One stored view of a picture with some patches hidden, and their codes as targets."""
-    tokens, (height, width) = _tokens(tools), tools.model.grid
+    example: Example, draw: np.random.Generator, tools: Tools, task: MaskedImage | MaskedPair,
+    hidden: tuple[float, int, bool],
+) -> Item:  # fmt: skip
+    """A view of a picture with some patches hidden, and their codes as targets.
+
+    Codes online: the tokenizer sees the same part of the picture in the same colours, at its own size, as in
+    the official code; they become targets in the training step.
+    """
+    known, tokens, pictures = _codes(task, tools), tools.tokens, tools.pictures
     if example.image is None:
         raise DataError(f"{example.id}: no picture")
-    crop, codes = tokens.view(example.id, int(draw.integers(tokens.views)))
-    picture = tools.pictures.open(example.image, example.id)
+    crop, codes = (None, 0) if tokens is None else tokens.view(example.id, int(draw.integers(tokens.views)))
+    picture = pictures.open(example.image, example.id)
+    if crop is None:
+        scale, jitter = task.crop_scale or ONLINE_CROP, task.jitter or 0.0
+        crop = random_crop(picture.width, picture.height, draw, scale=scale, jitter=jitter)
+    (height, width), (ratio, min_block, exact) = tools.model.grid, hidden
     count = max(1, round(ratio * height * width))
     mask = block_mask(height, width, count, draw, min_block=min_block, exact=exact)
-    return Item(
-        image=tools.pictures.crop(picture, crop, tools.model.side_px),
-        image_mask=mask,
-        patch_targets=np.where(mask, codes, -1),
-    )
+    image, view = pictures.crop(picture, crop, tools.model.side_px), None
+    if tokens is None:
+        same = known.image_px == tools.model.side_px
+        view = image if same else pictures.crop(picture, crop, known.image_px)
+    return Item(image=image, image_mask=mask, patch_targets=np.where(mask, codes, -1), code_view=view)

@@ -10,9 +10,6 @@ from beitctl.api import Example, TextTokenizer, Tools
 from beitctl.data.images import centre_crop, random_crop
 from beitctl.errors import DataError, UserError
 
-START, END = 0, 2
-"""Ids of <s> and </s> in the XLM-R layout."""
-
 
 def loaded(tools: Tools) -> TextTokenizer:
     """The text tokenizer.
@@ -30,9 +27,9 @@ def loaded(tools: Tools) -> TextTokenizer:
     return tools.tokenizer
 
 
-def framed(ids: Sequence[int]) -> NDArray[np.int64]:
-    """``<s>`` ids ``</s>``, (S,) int64."""
-    return np.array([START, *ids, END], dtype=np.int64)
+def framed(ids: Sequence[int], tokenizer: TextTokenizer) -> NDArray[np.int64]:
+    """The ids of a text between those of its start and its end (``<s>`` and ``</s>``), (S,) int64."""
+    return np.array([tokenizer.start_id, *ids, tokenizer.end_id], dtype=np.int64)
 
 
 def longest(setting: int, tools: Tools) -> int:
@@ -42,7 +39,7 @@ def longest(setting: int, tools: Tools) -> int:
         UserError: the model reads no text as long, or no word has room.
     """
     if setting == 1:
-        raise UserError("the task's text_tokens (1) must be 0 or at least 2: <s> and </s> take two")
+        raise UserError("the task's text_tokens (1) must be 0 or at least 2: start and end take two")
     if setting > tools.model.text_tokens:
         raise UserError(f"the task's text_tokens ({setting}) exceed the model's ({tools.model.text_tokens})")
     return setting or tools.model.text_tokens

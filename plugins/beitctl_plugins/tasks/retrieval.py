@@ -38,9 +38,10 @@ class Retrieval(Plugin):
         return {HEAD: ContrastiveHead(tools.model.width)}
 
     def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
-        ids = loaded(tools).encode(caption_of(example, draw, tools))
+        tokenizer = loaded(tools)
+        ids = tokenizer.encode(caption_of(example, draw, tools))
         image = view_of(example, draw, tools, self.crop_scale)
-        return Item(image=image, text=framed(ids[: tools.model.text_tokens - 2]))
+        return Item(image=image, text=framed(ids[: tools.model.text_tokens - 2], tokenizer))
 
     def output(
         self, encoded: Encoded, group: Group, heads: Mapping[str, nn.Module]

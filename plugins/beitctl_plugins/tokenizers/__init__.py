@@ -1,1 +1,1 @@
-"""Text to ids, pixels to ids, and the teachers of image tokenizers."""
+"""Text to ids, pixels to ids."""

@@ -4,123 +4,44 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch import Tensor
 
-from beitctl.api import Example, Job, Plugin, Source, TeacherField, Tools
+from beitctl.api import Job, Plugin, Source, TeacherField, Tools
 from beitctl.checkpoints.native import fit
 from beitctl.config import ModelConfig, TrainConfig
-from beitctl.data.images import Pictures, centre_crop, random_crop
-from beitctl.data.loader import Place, Stream, drawn
-from beitctl.data.order import share
+from beitctl.data.images import Pictures
+from beitctl.data.loader import Place, Stream
 from beitctl.engine import dist
-from beitctl.engine.learner import HALF, Sums, normalise
 from beitctl.engine.loop import Session, train
 from beitctl.engine.shard import full_weights, sharded
 from beitctl.errors import DataError, UserError
+from beitctl.model.codebook import Codebook, Rules, Upkeep, perplexity
 from beitctl.model.init import initial
-from beitctl.model.vqkd import Codebook, VQKDModel, perplexity
-from beitctl.report import figures
+from beitctl.model.vqkd import VQKDModel
+from beitctl_plugins.tokenizers.collapse import (
+    CollapseGuard,
+    Variety,
+    check_teacher,
+    few_rows,
+    spread_of,
+    variety,
+)
+from beitctl_plugins.tokenizers.vqkd_learner import Losses, TwoViews, ViewSteps, VQKDLearner
+from beitctl_plugins.tokenizers.vqkd_measuring import Window, fixed_views, measure
 from beitctl_plugins.tokenizers.vqkd_tokenizer import VQKDTokenizer, official
 
 WEIGHTS = "tokenizer.safetensors"
 NOTE = "tokenizer.json"
 CACHE_MIB = 1024
-
-
-@dataclass(frozen=True)
-class Views:
-    """A batch of one crop at two sizes: for the tokenizer and for its teacher."""
-
-    small: Tensor
-    """(n, 3, h, h) uint8."""
-    large: Tensor
-    """(n, 3, t, t) uint8."""
-    samples: tuple[str, ...]
-    problems: tuple[tuple[str, str], ...]
-
-    def to(self, device: torch.device) -> "Views":
-        return replace(self, small=self.small.to(device), large=self.large.to(device))
-
-
-@dataclass(frozen=True)
-class _TwoViews:
-    """Prepares one crop at two sizes; speaks the protocol of a task to the loader."""
-
-    scale: tuple[float, float]
-    sizes: tuple[int, int]
-    layout: ClassVar[Literal["image"]] = "image"
-
-    def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Any:
-        if example.image is None:
-            raise DataError(f"{example.id}: no picture")
-        picture = tools.pictures.open(example.image, example.id)
-        width, height = picture.size
-        crop = (
-            random_crop(width, height, draw, scale=self.scale) if tools.train else centre_crop(width, height)
-        )
-        return tuple(tools.pictures.crop(picture, crop, px) for px in self.sizes)
-
-
-class _ViewSteps(Dataset[list[Views]]):
-    """Two views of the pictures of any step."""
-
-    def __init__(self, streams: Sequence[Stream], seed: int, place: Place) -> None:
-        self.streams, self.seed, self.place = streams, seed, place
-
-    def __getitem__(self, step: int) -> list[Views]:
-        rows, ids, problems = [], [], []
-        for stream in self.streams:
-            for offset in share(stream.samples, self.place.world, self.place.rank):
-                id, item, bad = drawn(stream, step * stream.samples + offset, self.seed)
-                rows.append(item)
-                ids.append(id)
-                problems += bad
-        small, large = (torch.from_numpy(np.stack(views)) for views in zip(*rows, strict=True))
-        return [Views(small, large, tuple(ids), tuple(problems))]
-
-
-class VQKDLearner(nn.Module):
-    """The tokenizer with its teacher, which is no part of what is trained or saved."""
-
-    weights: Mapping[str, float]
-
-    def __init__(self, model: VQKDModel, commitment: float, centre: bool) -> None:
-        super().__init__()
-        self.model, self.centre = model, centre
-        self.weights = {"similarity": 1.0, "commitment": commitment}
-        self._teacher: list[nn.Module] = []  # a list hides it from FSDP and from the checkpoint
-
-    def teach(self, teacher: nn.Module) -> "VQKDLearner":
-        """Give the frozen teacher."""
-        self._teacher = [teacher]
-        return self
-
-    def forward(self, batch: Views) -> Sums:
-        """1 - cosine to the teacher's features, and the commitment to the codes; sums over patches."""
-        with torch.no_grad():
-            target = self._teacher[0](batch.large.float() / 255).float()
-            target = self.model.centred(target) if self.centre else target
-        features, commitment, _ = self.model(normalise(batch.small, HALF))
-        cosine = F.cosine_similarity(features, target, dim=-1)
-        zero = torch.zeros((), device=cosine.device)
-        return {
-            "similarity": ((1 - cosine).sum(), cosine.detach().sum()),
-            "commitment": (commitment.mean(-1).sum(), zero),
-        }
-
-    def counts(self, batch: Views) -> dict[str, float]:
-        patches = len(batch.small) * self.model.encoder.config.patches
-        return {"similarity": float(patches), "commitment": float(patches)}
+STUDIED = 256
+"""Pictures that the teacher is tried on before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +81,17 @@ class Shape:
         )  # fmt: skip
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "alive": {},
+    "small": {"decay": 0.97, "revive_after": 20, "centre": True, "entropy": 0.1},
+    "official": {
+        "start": "random", "start_after": 0, "revive_after": 0, "entropy": 0.0, "centre": False,
+        "min_used_share": 0.0,
+    },
+}  # fmt: skip
+"""What the presets set. ``small`` also sleeps for a third of the steps."""
+
+
 class VQKD(Plugin):
     """A vector-quantised tokenizer that learns to reconstruct a teacher's features (BEiT v2)."""
 
@@ -167,6 +99,9 @@ class VQKD(Plugin):
     """The frozen network to learn from."""
     train_config: TrainConfig = Field(alias="train")
     """The training loop."""
+    preset: Literal["alive", "small", "official"] = "alive"
+    """Defaults of the settings below. ``alive``: codes start spread out and dead ones are revived; ``small``:
+    the same for short runs on 30,000 pictures or fewer; ``official``: as released, without any of it."""
     shape: Shape = Field(default_factory=Shape)
     """Size of the networks."""
     codes: int = Field(default=8192, ge=2, le=65_536)
@@ -177,18 +112,46 @@ class VQKD(Plugin):
     """Moving-average decay of the codes."""
     commitment: float = Field(default=1.0, ge=0)
     """Weight of the commitment loss."""
+    start: Literal["k-means++", "random"] = "k-means++"
+    """First centres of the k-means that gives the first codes (released code: random vectors)."""
     revive_after: int = Field(default=100, ge=0)
-    """Steps without use after which a code is put on a random vector; 0 never (the released code)."""
+    """Steps without use after which a code is put on a recent vector that lies far from all codes; 0 never
+    (the released code)."""
     start_after: int = Field(default=0, ge=0)
     """Steps of training without the codebook, so that its k-means start meets vectors that mean something
     (the released code: 0). Short trainings need it: codes that start on untrained vectors drift together."""
+    entropy: float = Field(default=0.0, ge=0)
+    """Weight of a term that rewards even use of the codes; 0 is without."""
     centre: bool = False
-    """Subtract the mean feature of the first batch from the teacher's features (released code: no).
-    Convolutional teachers have a large common part that says nothing and is reconstructed without looking."""
+    """Subtract the mean feature from the teacher's features (released code: no). Convolutional teachers have
+    a large common part that says nothing and is reconstructed without looking."""
+    min_used_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of the codes that must be used between two log records; training stops when three in a row fall
+    short, or at once when the teacher cannot tell as many patches apart. 0 lets everything pass."""
     samples: int = Field(default=512, ge=1)
     """Pictures per step, over all ranks and sources."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the picture that a crop shows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, table: Any) -> Any:
+        """Fill in what the preset says; ``official`` admits nothing else."""
+        if not isinstance(table, dict) or table.get("preset", "alive") not in PRESETS:
+            return table
+        name, train = table.get("preset", "alive"), table.get("train")
+        values = dict(PRESETS[name])
+        steps = train.get("steps") if isinstance(train, dict) else getattr(train, "steps", None)
+        if name == "small" and isinstance(steps, int):
+            values["start_after"] = steps // 3
+        if name == "official":
+            other = [key for key, value in values.items() if table.get(key, value) != value]
+            if other:
+                listed = ", ".join(f"{key} = {values[key]!r}".replace("False", "false") for key in other)
+                raise ValueError(
+                    f'preset = "official" means {listed}; remove {", ".join(other)} or the preset'
+                )
+        return {**values, **table}
 
     def plan(self) -> Mapping[str, Any]:
         encoder = self.shape.encoder()
@@ -205,68 +168,111 @@ class VQKD(Plugin):
         ranks = dist.start()
         encoder = self.shape.encoder()
         teacher = self.teacher.open(encoder.grid[0]).to(ranks.device)
-        seed = self.train_config.seed
-        streams = self._streams(sources)
+        seed, streams = self.train_config.seed, self._streams(sources)
+        found = self._study(teacher, streams, ranks)
         learner: VQKDLearner = sharded(
-            lambda: VQKDLearner(self._model(teacher.width), self.commitment, self.centre),
+            lambda: self._learner(teacher.width, sum(stream.samples for stream in streams)),
             ranks,
             self.train_config.precision,
             lambda name, shape: initial(name, shape, encoder, seed),
         ).teach(teacher)
-        self._loop(learner, streams, ranks, job)
+        if self.centre:
+            learner.model.feature_mean.copy_(found.mean)
+        windows = self._loop(learner, streams, ranks, job)
         weights = full_weights(learner)
         if ranks.main:
             self._write(weights, teacher.width, job.folder / "tokenizer")
         ranks.barrier()
+        if not ranks.main:
+            return {}
         tokenizer = self.load(job.folder / "tokenizer")
-        return self._measure(tokenizer, streams, teacher, job)
+        return measure(tokenizer, streams, teacher, job.log, windows) | {"teacher_groups": found.groups}
 
-    def _loop(self, learner: VQKDLearner, streams: Sequence[Stream], ranks: dist.Ranks, job: Job) -> None:
-        config = self.train_config
-        data = _ViewSteps(streams, config.seed, Place(ranks.rank, ranks.world))
+    def _study(self, teacher: Any, streams: Sequence[Stream], ranks: dist.Ranks) -> Variety:
+        """What the teacher says of some pictures, the same on every rank.
+
+        Raises:
+            DataError: it is of no use.
+        """
+        rows = []
+        for fixed, _ in fixed_views(streams, STUDIED):
+            rows.append(few_rows([teacher(fixed.large.to(ranks.device).float() / 255).float()]))
+        found = variety(torch.cat(rows))
+        if self.min_used_share:
+            check_teacher(found, self.codes, self.min_used_share)
+        return found
+
+    def _loop(
+        self, learner: VQKDLearner, streams: Sequence[Stream], ranks: dist.Ranks, job: Job
+    ) -> list[Window]:
+        """Train to the end; gives the uses of every code in each window between two log records."""
+        config, upkeep = self.train_config, learner.upkeep
+        data = ViewSteps(streams, config.seed, Place(ranks.rank, ranks.world, config.micro_samples))
+        guard, windows = CollapseGuard(self.codes, self.min_used_share), list[Window]()
+        seen = torch.zeros(self.codes, device=ranks.device)
+
+        def started(step: int) -> None:
+            seen.copy_(upkeep.usage)
+            if step:
+                job.log.note(f"resuming from step {step}")
+
         session = Session(
             ranks, job.folder, "vqkd", job.resume, self.shape.layers,
             examples=sum(len(stream.examples) for stream in streams), saved=job.log.checkpoint,
+            started=started,
             warn=lambda text: job.log.warning("W301", text, "look at the file, or remove it"),
         )  # fmt: skip
-        seen = learner.model.codebook.usage.clone()
         with closing(train(learner, data, config, session)) as steps:
             for step in steps:
                 if step.number % config.log_every_steps == 0 or step.number == config.steps:
-                    usage = learner.model.codebook.usage
-                    window = usage - seen
-                    seen = usage.clone()
+                    window = upkeep.usage - seen
+                    seen.copy_(upkeep.usage)
                     metrics = step.metrics()
-                    metrics.pop("commitment/accuracy", None)
+                    for name in ("commitment/accuracy", "entropy/accuracy"):
+                        metrics.pop(name, None)
                     metrics["similarity/cosine"] = metrics.pop("similarity/accuracy")
-                    metrics |= {
-                        "codebook_used": float((window > 0).sum()),
-                        "codebook_perplexity": perplexity(window),
-                    }
+                    if window.any():
+                        windows.append((step.number, window.long().cpu().numpy()))
+                        metrics |= {
+                            "codebook_used": float((window > 0).sum()),
+                            "codebook_perplexity": perplexity(window),
+                            "codebook_spread": spread_of(upkeep.pool[: int(upkeep.pooled)]),
+                        }
                     job.log.step(step.number, config.steps, metrics)
+                    if window.any():
+                        guard.check(step.number, window, upkeep.pool[: int(upkeep.pooled)])
+        return windows
 
     def _streams(self, sources: Sequence[Source]) -> list[Stream]:
-        sizes = (self.shape.image_px, _teacher_px(self.teacher, self.shape.image_px))
+        sizes = (self.shape.image_px, int(getattr(self.teacher, "input_px", self.shape.image_px)))
         tools = Tools(self.shape.encoder(), pictures=Pictures(cache_mib=CACHE_MIB))
         opened = [source.open() for source in sources]
         total = sum(map(len, opened))
         counts = [max(1, round(self.samples * len(examples) / total)) for examples in opened]
-        task: Any = _TwoViews(self.crop_scale, sizes)
+        task: Any = TwoViews(self.crop_scale, sizes)
         return [
             Stream(f"pictures{index}", task, examples, count, tools)
             for index, (examples, count) in enumerate(zip(opened, counts, strict=True))
         ]
 
-    def _model(self, features: int) -> VQKDModel:
-        codebook = Codebook(
-            self.codes, self.code_width, decay=self.decay, revive_after=self.revive_after,
-            start_after=self.start_after, seed=self.train_config.seed,
+    def _learner(self, features: int, samples: int) -> VQKDLearner:
+        model = self._model(features)
+        rules = Rules(
+            decay=self.decay, start=self.start, start_after=self.start_after, revive_after=self.revive_after,
+            seed=self.train_config.seed,
         )  # fmt: skip
-        return VQKDModel(self.shape.encoder(), self.shape.decoder_layers, features, codebook)
+        upkeep = Upkeep(model.codebook, rules, samples)
+        return VQKDLearner(model, Losses(self.commitment, self.entropy), upkeep)
+
+    def _model(self, features: int) -> VQKDModel:
+        return VQKDModel(
+            self.shape.encoder(), self.shape.decoder_layers, features, Codebook(self.codes, self.code_width)
+        )
 
     def _write(self, weights: Mapping[str, Tensor], features: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
+        own = {name: value for name, value in weights.items() if name.startswith("model.")}
+        tensors = {name.removeprefix("model."): value.contiguous() for name, value in own.items()}
         save_file(tensors, folder / WEIGHTS)
         note = {
             "kind": "vqkd",
@@ -274,6 +280,8 @@ class VQKD(Plugin):
             "codes": self.codes,
             "code_width": self.code_width,
             "features": features,
+            "preset": self.preset,
+            "teacher": self.model_dump(mode="json")["teacher"],
             "fingerprint": hashlib.blake2b((folder / WEIGHTS).read_bytes(), digest_size=16).hexdigest(),
         }
         (folder / NOTE).write_text(json.dumps(note, indent=1))
@@ -309,59 +317,3 @@ class VQKD(Plugin):
         model = VQKDModel(shape.encoder(), shape.decoder_layers, note["features"], codebook)
         fit(tensors, model, "", folder)
         return VQKDTokenizer(model, digest)
-
-    def _measure(
-        self, tokenizer: VQKDTokenizer, streams: Sequence[Stream], teacher: nn.Module, job: Job
-    ) -> Mapping[str, Any]:
-        """Usage of the codebook over the central view of every picture, and the likeness to the teacher."""
-        counts = torch.zeros(self.codes)
-        cosines: list[Tensor] = []
-        device = next(teacher.buffers()).device
-        tokenizer.model.to(device)
-        for views in _fixed(streams):
-            counts += torch.bincount(
-                tokenizer.encode(views.small.to(device)).flatten(), minlength=self.codes
-            ).cpu()
-            if len(cosines) < 8:
-                target = teacher(views.large.to(device).float() / 255)
-                cosines.append(tokenizer.similarity(views.small.to(device), target).mean(1).cpu())
-        used = int((counts > 0).sum())
-        job.log.figure(
-            "codebook",
-            figures.histogram(counts.numpy(), "How often each code is used", "codes"),
-            "Codebook",
-            f"{used} of {self.codes} codes stand for at least one patch of the training pictures. "
-            "The flatter the curve, the better the codebook is used.",
-        )
-        return {
-            "codebook_used": used,
-            "codebook_size": self.codes,
-            "codebook_perplexity": perplexity(counts),
-            "teacher_cosine": float(torch.cat(cosines).mean()),
-        }
-
-
-def _teacher_px(teacher: Any, image_px: int) -> int:
-    return int(getattr(teacher, "input_px", image_px))
-
-
-def _fixed(streams: Sequence[Stream], size: int = 64) -> Any:
-    """Central views of all pictures, in batches."""
-    for stream in streams:
-        tools = replace(stream.tools, train=False)
-        rows: list[Any] = []
-        for index in range(len(stream.examples)):
-            try:
-                rows.append(stream.task.prepare(stream.examples[index], np.random.default_rng(0), tools))
-            except DataError:
-                continue
-            if len(rows) == size:
-                yield _views(rows)
-                rows = []
-        if rows:
-            yield _views(rows)
-
-
-def _views(rows: Sequence[Any]) -> Views:
-    small, large = (torch.from_numpy(np.stack(views)) for views in zip(*rows, strict=True))
-    return Views(small, large, (), ())
