@@ -17,7 +17,7 @@ LLOYD_STEPS = 10
 CHUNK = 4096
 """Vectors compared with all codes at a time."""
 SHARE_DECAY = 0.9
-TEMPERATURE = 0.1
+TEMPERATURE = 0.05
 """Of the soft assignment in the entropy term."""
 
 
@@ -92,6 +92,7 @@ class Upkeep(nn.Module):
         self.register_buffer("pooled", torch.empty((), dtype=torch.int64))
         self.register_buffer("steps", torch.empty((), dtype=torch.int64))
         self._pending: dict[str, Tensor] = {}
+        self._soft: Tensor | None = None
         self._known: dict[str, int] | None = None
 
     @property
@@ -104,7 +105,7 @@ class Upkeep(nn.Module):
         for buffer in (self.usage, self.idle, self.pool, self.pooled, self.steps):
             buffer.zero_()
         self.share.fill_(1 / len(self.share))
-        self._pending, self._known = {}, None
+        self._pending, self._soft, self._known = {}, None, None
 
     @property
     def awake(self) -> bool:
@@ -153,20 +154,26 @@ class Upkeep(nn.Module):
     def unevenness(self, z: Tensor) -> Tensor:
         """(n,) how much each of the vectors (n, D) adds to codes that are in use already, in nats.
 
-        The sum over k of p_k log u_k, with p the soft assignment of a vector and u the running share of
-        uses: its gradient is that of the negative entropy of the mean assignment, and it adds up over ranks.
+        The sum over k of p_k log(K u_k), with p the soft assignment of a vector and u its running mean over
+        all vectors: its gradient is that of the negative entropy of the mean assignment, and it adds up over
+        ranks. Zero where all codes are in even use.
         """
         with torch.autocast(z.device.type, enabled=False):
             soft = (z.float() @ self.book.vectors.T / TEMPERATURE).softmax(-1)
-            smooth = (self.share + 1e-3 / self.book.codes) / (1 + 1e-3)
-            return soft @ (smooth * self.book.codes).log()
+            seen = soft.detach().sum(0)
+            self._soft = seen if self._soft is None else self._soft + seen
+            return soft @ (self.share * self.book.codes).clamp(min=1e-6).log()
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the codes by what all ranks saw in the step; the first time, find them."""
         pending, self._pending = self._pending, {}
+        soft, self._soft = self._soft, None
         if not pending:
             return
+        if soft is not None:
+            _add_up(soft)
+            self.share.lerp_(soft.nan_to_num() / soft.sum().clamp(min=1), 1 - SHARE_DECAY)
         for value in pending.values():
             _add_up(value)
         now = self._now()
@@ -210,7 +217,6 @@ class Upkeep(nn.Module):
         used = (counts > 0) & torch.isfinite(sums).all(-1)  # a step without finite numbers changes nothing
         book.vectors.copy_(torch.where(used[:, None], moved, book.vectors))
         self.usage += counts
-        self.share.lerp_(counts / counts.sum().clamp(min=1), 1 - SHARE_DECAY)
         self.idle.copy_(torch.where(used, 0, self.idle + 1))
         after = self.rules.revive_after
         if after and self._now()["steps"] % max(1, after // 4) == 0:

@@ -111,8 +111,8 @@ class DiscreteVAE(nn.Module):
 
     def pictures(self, vectors: Tensor, grid: tuple[int, int]) -> Tensor:
         """Vectors of codes (B, N, D) on a grid (h, w) to pictures (B, 3, H, W) in about -1..1, fp32."""
-        maps = vectors.transpose(1, 2).unflatten(2, grid)  # in channels-last order already
-        out: Tensor = self.decoder(maps)
+        maps = vectors.transpose(1, 2)
+        out: Tensor = self.decoder(maps.view(*maps.shape[:2], *grid))  # in channels-last order already
         return out.float()
 
     def forward(

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from beitctl.model.codebook import (
+    TEMPERATURE,
     Codebook,
     Rules,
     Upkeep,
@@ -166,11 +167,19 @@ def test_crowded_codes_cost_more_than_rare_ones():
     assert crowded > 0 > rare
 
 
+def test_the_running_share_is_that_of_soft_assignments():
+    found = ready(made(codes=2, pictures=1), unit(0.0, 3.0))
+    z = unit(0.1, 0.2)[None]
+    found.unevenness(z[0])
+    step(found, z)
+    assert found.share.tolist() == pytest.approx([0.55, 0.45], abs=1e-3)
+
+
 def test_the_entropy_term_has_the_gradient_of_the_negative_entropy():
     """While the running share is the mean soft assignment itself."""
     found = ready(made(codes=4, width=2), unit(0.0, 1.0, 2.0, 4.0))
     z = unit(0.1, 0.2, 1.2, 3.9).requires_grad_(True)
-    soft = (z @ found.book.vectors.T / 0.1).softmax(-1).mean(0)
+    soft = (z @ found.book.vectors.T / TEMPERATURE).softmax(-1).mean(0)
     found.share.copy_(soft.detach())
     (wanted,) = torch.autograd.grad(-torch.special.entr(soft).sum(), z)
     (got,) = torch.autograd.grad(found.unevenness(z).mean(), z)

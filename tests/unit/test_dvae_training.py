@@ -1,6 +1,7 @@
 """The plugin dvae: it trains, resumes, survives bad pictures; its tokenizer comes back from disk."""
 
 import json
+import math
 import signal
 
 import pytest
@@ -12,7 +13,7 @@ from small import Given, Record, coloured, training
 from beitctl import registry
 from beitctl.api import Example, Job
 from beitctl.checkpoints.native import load_tokenizer
-from beitctl.config import OptimConfig
+from beitctl.config import OptimConfig, TrainConfig
 from beitctl.data.loader import Place
 from beitctl.engine.dist import start
 from beitctl.errors import DataError, DivergedError, Stopped
@@ -351,3 +352,12 @@ def as_text(folder):
     from pathlib import Path
 
     return as_ranks(Path(folder))
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"workers": 1}])
+def test_it_trains_in_other_ways(tmp_path, changes):
+    settings = {"steps": 2, "optim": OptimConfig(peak_lr=0.01), "log_every_steps": 1}
+    made = plugin(usage_weight=0.1, straight_through=True, loss="smooth-l1")
+    made = made.model_copy(update={"train_config": TrainConfig(**settings, **changes)})
+    _, said = run(tmp_path, made)
+    assert all(math.isfinite(loss) for loss in losses(said))

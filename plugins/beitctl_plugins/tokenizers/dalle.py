@@ -60,7 +60,7 @@ class DalleTokenizer:
         device = next(self.model.parameters()).device
         decoder = self._decoder().to(device)
         side = math.isqrt(codes.shape[1])
-        made = decoder.pictures(codes.to(device).unflatten(1, (side, side)))
+        made = decoder.pictures(codes.to(device).reshape(-1, side, side))
         return made.mul(255).round().to(torch.uint8)
 
     def _decoder(self) -> DalleDecoder:

@@ -83,8 +83,9 @@ class OneView:
         if example.image is None:
             raise DataError(f"{example.id}: no picture")
         picture = tools.pictures.open(example.image, example.id)
+        width, height = picture.size
         crop = (
-            random_crop(*picture.size, draw, scale=self.scale) if tools.train else centre_crop(*picture.size)
+            random_crop(width, height, draw, scale=self.scale) if tools.train else centre_crop(width, height)
         )
         return tools.pictures.crop(picture, crop, self.px)
 
@@ -101,7 +102,8 @@ class ShotSteps(Dataset[list[Shots]]):
 
     def _shots(self, step: int, number: int) -> Shots:
         parts, part = self.passes * self.place.world, number * self.place.world + self.place.rank
-        rows, keys, ids, problems = [], [], [], []
+        rows: list[Any] = []
+        keys, ids, problems = [], [], []
         for stream in self.streams:
             for offset in share(stream.samples, parts, part):
                 position = step * stream.samples + offset

@@ -83,7 +83,7 @@ class Shape:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "alive": {},
-    "small": {"decay": 0.97, "revive_after": 20, "centre": True, "entropy": 0.1},
+    "small": {"revive_after": 10, "centre": True},
     "official": {
         "start": "random", "start_after": 0, "revive_after": 0, "entropy": 0.0, "centre": False,
         "min_used_share": 0.0,
