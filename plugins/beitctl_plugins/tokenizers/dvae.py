@@ -14,11 +14,10 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from beitctl.api import Job, Plugin, Source, Tools
+from beitctl.api import Job, Plugin, Source
 from beitctl.checkpoints.files import read_tensors
 from beitctl.checkpoints.native import fit
 from beitctl.config import STRICT, ModelConfig, TrainConfig
-from beitctl.data.images import Pictures
 from beitctl.data.loader import Place, Stream
 from beitctl.engine import dist
 from beitctl.engine.learner import HALF, normalise, raw
@@ -29,11 +28,11 @@ from beitctl.model.codebook import perplexity
 from beitctl.model.dvae import DiscreteVAE, initial_dvae
 from beitctl.report import figures
 from beitctl_plugins.tokenizers.dalle import check_codes, fingerprint
-from beitctl_plugins.tokenizers.dvae_learner import DVAELearner, OneView, Schedule, ShotSteps, UseGuard
+from beitctl_plugins.tokenizers.dvae_learner import DVAELearner, Schedule, ShotSteps, UseGuard
+from beitctl_plugins.tokenizers.views import Crops, streams_of
 
 WEIGHTS = "tokenizer.safetensors"
 NOTE = "tokenizer.json"
-CACHE_MIB = 1024
 BATCH = 64
 MEASURED = 20_000
 """Pictures of each source whose central view is measured after training."""
@@ -223,15 +222,7 @@ class DVAE(Plugin):
     def _streams(self, sources: Sequence[Source]) -> list[Stream]:
         px = self.shape.image_px
         view = ModelConfig(layers=1, width=1, heads=1, ffn=1, image_px=px, patch_px=self.shape.patch_px)
-        tools = Tools(view, pictures=Pictures(cache_mib=CACHE_MIB))
-        opened = [source.open() for source in sources]
-        total = sum(map(len, opened))
-        counts = [max(1, round(self.samples * len(examples) / total)) for examples in opened]
-        task: Any = OneView(self.crop_scale, px)
-        return [
-            Stream(f"pictures{index}", task, examples, count, tools)
-            for index, (examples, count) in enumerate(zip(opened, counts, strict=True))
-        ]
+        return streams_of(sources, self.samples, Crops(self.crop_scale, (px,)), view)
 
     def _model(self) -> DiscreteVAE:
         shape = self.shape
@@ -336,9 +327,10 @@ def _central(
         count = len(stream.examples)
         for index in range(0, count, -(-count // limit))[first::world]:
             try:
-                rows.append(stream.task.prepare(stream.examples[index], np.random.default_rng(0), tools))
+                found: Any = stream.task.prepare(stream.examples[index], np.random.default_rng(0), tools)
             except DataError:  # named while training
                 continue
+            rows.append(found[0])
             if len(rows) == BATCH:
                 yield torch.from_numpy(np.stack(rows))
                 rows = []

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from beitctl.api import Example, Tools
-from beitctl.data.images import centre_crop, random_crop
 from beitctl.data.loader import Place, Stream, drawn
 from beitctl.data.order import digest, share
 from beitctl.engine.learner import HALF, Sums, normalise
-from beitctl.errors import DataError, DivergedError
+from beitctl.errors import DivergedError
 from beitctl.model.dvae import DiscreteVAE, kl_to_uniform
 
 PATIENCE = 3
@@ -71,25 +69,6 @@ class Shots:
         return replace(self, pixels=self.pixels.to(device), keys=self.keys.to(device))
 
 
-@dataclass(frozen=True)
-class OneView:
-    """Prepares a crop of a picture; speaks the protocol of a task to the loader."""
-
-    scale: tuple[float, float]
-    px: int
-    layout: ClassVar[Literal["image"]] = "image"
-
-    def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Any:
-        if example.image is None:
-            raise DataError(f"{example.id}: no picture")
-        picture = tools.pictures.open(example.image, example.id)
-        width, height = picture.size
-        crop = (
-            random_crop(width, height, draw, scale=self.scale) if tools.train else centre_crop(width, height)
-        )
-        return tools.pictures.crop(picture, crop, self.px)
-
-
 class ShotSteps(Dataset[list[Shots]]):
     """The pictures of any step, by its number, with what their noise follows from."""
 
@@ -108,12 +87,12 @@ class ShotSteps(Dataset[list[Shots]]):
             for offset in share(stream.samples, parts, part):
                 position = step * stream.samples + offset
                 id, item, bad = drawn(stream, position, self.seed)
-                rows.append(item)
+                rows.append(item[0])
                 keys.append(np.frombuffer(digest(self.seed, "gumbel", stream.name, position)[:8], np.int32))
                 ids.append(id)
                 problems += bad
-        px: Any = self.streams[0].task
-        pixels = np.stack(rows) if rows else np.zeros((0, 3, px.px, px.px), np.uint8)
+        task: Any = self.streams[0].task
+        pixels = np.stack(rows) if rows else np.zeros((0, 3, *2 * task.sizes), np.uint8)
         noise = np.stack(keys) if keys else np.zeros((0, 2), np.int32)
         return Shots(
             torch.from_numpy(pixels), torch.from_numpy(noise), self.schedule.temperature(step),

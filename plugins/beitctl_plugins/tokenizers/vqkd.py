@@ -13,10 +13,9 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from beitctl.api import Job, Plugin, Source, TeacherField, Tools
+from beitctl.api import Job, Plugin, Source, TeacherField
 from beitctl.checkpoints.native import fit
 from beitctl.config import ModelConfig, TrainConfig
-from beitctl.data.images import Pictures
 from beitctl.data.loader import Place, Stream
 from beitctl.engine import dist
 from beitctl.engine.loop import Session, train
@@ -33,13 +32,13 @@ from beitctl_plugins.tokenizers.collapse import (
     spread_of,
     variety,
 )
-from beitctl_plugins.tokenizers.vqkd_learner import Losses, TwoViews, ViewSteps, VQKDLearner
+from beitctl_plugins.tokenizers.views import Crops, streams_of
+from beitctl_plugins.tokenizers.vqkd_learner import Losses, ViewSteps, VQKDLearner
 from beitctl_plugins.tokenizers.vqkd_measuring import Window, fixed_views, measure
 from beitctl_plugins.tokenizers.vqkd_tokenizer import VQKDTokenizer, official
 
 WEIGHTS = "tokenizer.safetensors"
 NOTE = "tokenizer.json"
-CACHE_MIB = 1024
 STUDIED = 256
 """Pictures that the teacher is tried on before training."""
 
@@ -245,15 +244,7 @@ class VQKD(Plugin):
 
     def _streams(self, sources: Sequence[Source]) -> list[Stream]:
         sizes = (self.shape.image_px, int(getattr(self.teacher, "input_px", self.shape.image_px)))
-        tools = Tools(self.shape.encoder(), pictures=Pictures(cache_mib=CACHE_MIB))
-        opened = [source.open() for source in sources]
-        total = sum(map(len, opened))
-        counts = [max(1, round(self.samples * len(examples) / total)) for examples in opened]
-        task: Any = TwoViews(self.crop_scale, sizes)
-        return [
-            Stream(f"pictures{index}", task, examples, count, tools)
-            for index, (examples, count) in enumerate(zip(opened, counts, strict=True))
-        ]
+        return streams_of(sources, self.samples, Crops(self.crop_scale, sizes), self.shape.encoder())
 
     def _learner(self, features: int, samples: int) -> VQKDLearner:
         model = self._model(features)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from beitctl.api import Example, Tools
-from beitctl.data.images import centre_crop, random_crop
 from beitctl.data.loader import Place, Stream, drawn
 from beitctl.data.order import share
 from beitctl.engine.learner import HALF, Sums, normalise
-from beitctl.errors import DataError
 from beitctl.model.codebook import Upkeep
 from beitctl.model.vqkd import VQKDModel
 
@@ -38,25 +35,6 @@ class Views:
             name: getattr(self, name).to(device, non_blocking=True) for name in ("small", "large", "places")
         }
         return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class TwoViews:
-    """Prepares one crop at two sizes; speaks the protocol of a task to the loader."""
-
-    scale: tuple[float, float]
-    sizes: tuple[int, int]
-    layout: ClassVar[Literal["image"]] = "image"
-
-    def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Any:
-        if example.image is None:
-            raise DataError(f"{example.id}: no picture")
-        picture = tools.pictures.open(example.image, example.id)
-        width, height = picture.size
-        crop = (
-            random_crop(width, height, draw, scale=self.scale) if tools.train else centre_crop(width, height)
-        )
-        return tuple(tools.pictures.crop(picture, crop, px) for px in self.sizes)
 
 
 class ViewSteps(Dataset[list[Views]]):
