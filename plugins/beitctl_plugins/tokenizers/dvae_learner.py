@@ -86,8 +86,9 @@ class ShotSteps(Dataset[list[Shots]]):
         for stream in self.streams:
             for offset in share(stream.samples, parts, part):
                 position = step * stream.samples + offset
-                id, item, bad = drawn(stream, position, self.seed)
-                rows.append(item[0])
+                found: Any = drawn(stream, position, self.seed)
+                id, (item,), bad = found
+                rows.append(item)
                 keys.append(np.frombuffer(digest(self.seed, "gumbel", stream.name, position)[:8], np.int32))
                 ids.append(id)
                 problems += bad
