@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,7 +14,6 @@ from beitctl import registry
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 HEAVY = ("torch", "numpy", "pyarrow", "PIL", "matplotlib", "jinja2", "timm", "datasets", "sentencepiece")
-HELP_SECONDS = 0.5
 
 
 def run(code, cwd=None):
@@ -53,15 +51,6 @@ def test_help_imports_no_module_that_only_a_command_needs():
     code = "from beitctl import cli\ncli.execute(['--help'])"
     found = run(f"import sys\n{code}\nprint('|', *[name for name in {names!r} if name in sys.modules])")
     assert found.rpartition("|")[2].split() == []
-
-
-def test_help_answers_in_half_a_second():
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "beitctl", "--help"], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < HELP_SECONDS
 
 
 @pytest.mark.parametrize("group", sorted(registry.GROUPS))
