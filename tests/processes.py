@@ -77,3 +77,21 @@ def _wait(processes: list[BaseProcess], folder: Path) -> None:
                 "\n".join([what, *(f"{log.name}: {log.read_text()[-3000:]}" for log in logs)]), pytrace=False
             )
         time.sleep(0.02)
+
+
+def in_a_child(action: Callable[[], Any]) -> int:
+    """Run ``action`` in a forked process; gives its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
+    """Exit code of a child, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -112,6 +112,11 @@ class Upkeep(nn.Module):
         """Whether there are codes; before, the encoder trains without them."""
         return bool(self._now()["ready"])
 
+    @property
+    def recent(self) -> Tensor:
+        """(n, D) the vectors in the pool, at most P."""
+        return self.pool[: self._now()["pooled"]]
+
     def _now(self) -> dict[str, int]:
         """Counters as Python numbers, read from the device once: a step must not wait for it."""
         if self._known is None:
@@ -200,7 +205,7 @@ class Upkeep(nn.Module):
         The released code clusters on each rank apart and so starts with as many codebooks as ranks.
         """
         now, book = self._now(), self.book
-        known = self.pool[: min(now["pooled"], len(self.pool))]
+        known = self.recent
         generator = torch.Generator().manual_seed(self.rules.seed)
         spread = self.rules.start == "k-means++"
         centres = spread_out(known, book.codes, generator) if spread else picked(known, book.codes, generator)
@@ -225,7 +230,7 @@ class Upkeep(nn.Module):
     def _revive(self, after: int) -> None:
         """Put idle codes on vectors of the pool, those far from all codes first, with some luck."""
         book, now = self.book, self._now()
-        known = self.pool[: min(now["pooled"], len(self.pool))]
+        known = self.recent
         generator = torch.Generator().manual_seed(self.rules.seed * 1_000_003 + now["steps"] + 1)
         luck = -torch.rand(len(known), generator=generator).clamp(1e-9).log().to(known.device)
         distance = (1 - nearest(known, book.vectors)[1]).clamp(min=1e-9)

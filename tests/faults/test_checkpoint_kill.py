@@ -6,26 +6,10 @@ import signal
 import time
 from pathlib import Path
 
+from processes import ended, in_a_child
 from saved import Kept, bits, blank, tensors_of
 
 from beitctl.engine.dist import start
-
-
-def in_a_child(action):
-    """Run ``action`` in a forked process; returns its exit code, or minus the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-
-def ended(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def check_whole(folder):

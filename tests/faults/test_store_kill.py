@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from coding import Noise, files, stage, tokenize
+from processes import ended, in_a_child
 
 from beitctl.data.store import TokenStore
 from beitctl.engine.dist import start
@@ -17,23 +18,6 @@ from beitctl.errors import CapacityError, DataError
 
 def made():
     return stage(Noise(count=24, bad=(5,)), shard_pictures=2)
-
-
-def in_a_child(action):
-    """Run ``action`` in a forked process; gives its id."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-
-def ended(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def complete(folder):

@@ -112,4 +112,4 @@ def test_spread_is_one_for_vectors_of_all_directions_and_zero_for_one():
 
 def test_few_rows_takes_some_patches_of_every_picture():
     features = torch.arange(2 * 9.0).view(2, 9, 1)
-    assert few_rows([features], each=3).flatten().tolist() == [0, 4, 8, 9, 13, 17]
+    assert few_rows(features, each=3).flatten().tolist() == [0, 4, 8, 9, 13, 17]

@@ -195,7 +195,7 @@ class VQKD(Plugin):
         """
         rows = []
         for fixed, _ in fixed_views(streams, STUDIED):
-            rows.append(few_rows([teacher(fixed.large.to(ranks.device).float() / 255).float()]))
+            rows.append(few_rows(teacher(fixed.large.to(ranks.device).float() / 255).float()))
         found = variety(torch.cat(rows))
         if self.min_used_share:
             check_teacher(found, self.codes, self.min_used_share)
@@ -235,11 +235,11 @@ class VQKD(Plugin):
                         metrics |= {
                             "codebook_used": float((window > 0).sum()),
                             "codebook_perplexity": perplexity(window),
-                            "codebook_spread": spread_of(upkeep.pool[: int(upkeep.pooled)]),
+                            "codebook_spread": spread_of(upkeep.recent),
                         }
                     job.log.step(step.number, config.steps, metrics)
                     if window.any():
-                        guard.check(step.number, window, upkeep.pool[: int(upkeep.pooled)])
+                        guard.check(step.number, window, upkeep.recent)
         return windows
 
     def _streams(self, sources: Sequence[Source]) -> list[Stream]:
