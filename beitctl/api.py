@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import AfterValidator
 
-from beitctl import registry
-from beitctl.errors import PluginError, UserError
+from beitctl.errors import UserError
+from beitctl.kinds import GROUP_MARK, Kind, Plugin
+
+__all__ = ["GROUP_MARK", "Kind", "Plugin"]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,70 +24,6 @@ if TYPE_CHECKING:
     from beitctl.config import ModelConfig
     from beitctl.data.batch import Group
     from beitctl.model.multiway import Encoded
-
-
-class Plugin(BaseModel):
-    """Base of every plugin: frozen, unknown keys are errors, field docstrings are the help."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-GROUP_MARK = "x-beitctl-group"
-"""Key of a JSON Schema that says which group's plugins a table may name."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Marks a field whose table names a plugin: ``{ kind = "name", ... }``."""
-
-    group: str
-    needs: tuple[str, ...] = ()
-    """Methods that the plugin must have, besides those of its group."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Validate a table by the class that its ``kind`` names; a plugin object passes as it is."""
-        return core_schema.no_info_plain_validator_function(
-            self._validate, serialization=core_schema.plain_serializer_function_ser_schema(self._dump)
-        )
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """A table with an installed name as its ``kind``; ``beitctl.recipe.schema`` adds the fields."""
-        names = registry.names(self.group)
-        return {
-            "type": "object",
-            "properties": {"kind": {"enum": names}},
-            "required": ["kind"],
-            GROUP_MARK: self.group,
-        }
-
-    def _validate(self, value: Any) -> Any:
-        if isinstance(value, Plugin):
-            return value
-        noun = self.group.rpartition(".")[2].removesuffix("s")
-        if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-            raise PydanticCustomError(
-                "kind_missing",
-                "expected a table with kind = one of {names}, which names the {noun}",
-                {"names": ", ".join(registry.names(self.group)), "noun": noun},
-            )
-        try:
-            plugin = registry.get(self.group, value["kind"])
-        except PluginError as error:
-            raise PydanticCustomError("kind_unknown", "{text}", {"text": str(error)}) from error
-        missing = [method for method in self.needs if not callable(getattr(plugin, method, None))]
-        if missing:
-            raise PydanticCustomError(
-                "kind_unfit",
-                "the {noun} '{name}' has no method {what}, which is needed here",
-                {"noun": noun, "name": value["kind"], "what": ", ".join(missing)},
-            )
-        return plugin.model_validate({key: item for key, item in value.items() if key != "kind"})
-
-    def _dump(self, value: Any) -> dict[str, Any]:
-        matching = [n for n in registry.names(self.group) if registry.get(self.group, n) is type(value)]
-        return {"kind": matching[0] if matching else type(value).__name__, **value.model_dump(mode="json")}
 
 
 @dataclass(frozen=True)
@@ -101,13 +37,30 @@ class Example:
     captions: tuple[str, ...] = ()
     """Sentences that describe the picture."""
     text: str | None = None
-    """A piece of prose."""
+    """A piece of prose; of a question or a statement about pictures, that one."""
     label: str | None = None
     """Name of the class."""
+    second: bytes | Path | None = None
+    """The other picture of a statement about two (NLVR2: the right one)."""
+    answers: tuple[str, ...] = ()
+    """Answers to the question in ``text``, one for each person who gave one (VQAv2: ten)."""
+    segmentation: bytes | Path | None = None
+    """A picture of the same size whose grey values are class numbers (ADE20K: 0 is none of them)."""
+    token_ids: Any = None
+    """(S,) int64 array of ids in place of ``text``, without start and end: a sequence of packed text."""
 
 
 class Examples(Protocol):
-    """An opened source: raw examples by index."""
+    """An opened source: raw examples by index.
+
+    Optional attributes: ``problems`` (list of str: what was left out, and why), ``shards`` (sizes of the runs
+    of examples that lie together on disk, so that training reads only a few runs at a time), ``lengths``
+    ((n,) ints that grow with the length of each text, so that ranks get equal work) and ``parts`` (pairs of
+    a weight and examples: a mixture, each part with its own epochs).
+
+    ``__getitem__`` raises ``DataError`` for an example that cannot be used, which another one replaces, and
+    ``ChangedError`` when the data are not any more what was opened, which ends the run.
+    """
 
     fingerprint: str
     """Hash of what is in it; changes when the data change."""
@@ -117,7 +70,13 @@ class Examples(Protocol):
 
 
 class Source(Protocol):
-    """Yields raw examples by index."""
+    """Yields raw examples by index.
+
+    A class method ``guess(path: Path) -> tuple[int, dict[str, Any]] | None`` is optional: how surely a file
+    or folder is in the layout of this source (1 to 9), and the table, without ``kind``, that reads it. It
+    looks at names and at most the beginning of one file; ``beitctl data`` asks all sources and takes the
+    surest.
+    """
 
     def open(self) -> Examples: ...
 
@@ -314,6 +273,7 @@ class Log(Protocol):
     """Where a stage writes what happens; only rank 0 writes."""
 
     def step(self, step: int, of: int, metrics: Mapping[str, float]) -> None: ...
+    def samples(self, step: int, ids: Sequence[str]) -> None: ...
     def evaluation(self, name: str, step: int, metrics: Mapping[str, Any]) -> None: ...
     def checkpoint(self, step: int, path: Path, seconds: float) -> None: ...
     def figure(self, name: str, png: bytes, title: str, caption: str) -> None: ...

@@ -219,6 +219,8 @@ class TrainConfig:
     """Share of a source's examples that may be unreadable; one always may."""
     workers: int = 0
     """Data-loading processes per rank; 0 loads in the main process."""
+    log_samples: bool = False
+    """Whether ``events.jsonl`` names the samples of every step that is logged."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "keep_checkpoints", "log_every_steps", "save_every_steps"):

@@ -34,6 +34,10 @@ class DataError(BeitctlError):
     exit_code = 3
 
 
+class ChangedError(DataError):
+    """Data that were removed or changed while they were in use; no example can replace another then."""
+
+
 class SetupError(BeitctlError):
     """The environment lacks something: an extra, a device, a newer version."""
 

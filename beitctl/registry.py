@@ -28,11 +28,15 @@ def names(group: str) -> list[str]:
 
 
 def name_of(group: str, plugin: type) -> str:
-    """Name under which a plugin class is installed.
+    """Name under which a plugin class is installed; imports others only if it is told of by another module.
 
     Raises:
         PluginError: it is not.
     """
+    told = f"{plugin.__module__}:{plugin.__qualname__}"
+    for entry in _entries(group):
+        if entry.value == told:
+            return entry.name
     for name in names(group):
         if get(group, name) is plugin:
             return name

@@ -3,7 +3,7 @@
 Letters as in ``beitctl.model.plan``: P tokens of a picture, N patches, T rows of the packed buffer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +77,15 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "Batch":
+        """The same batch in pinned memory, from which copies to a GPU overlap with its work."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            return change(value) if isinstance(value, Tensor) else value
 
         groups = {
             name: Group(**{key: move(item) for key, item in vars(group).items()})

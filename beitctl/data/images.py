@@ -17,8 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
 
 from beitctl.errors import DataError
 
@@ -39,6 +43,9 @@ FAULTS = (
     Image.DecompressionBombError,
 )
 """What Pillow's decoders raise on broken files."""
+
+MAX_BYTES = 512 * 2**20
+"""Files that are larger are no pictures to train on."""
 
 ORIENTATION = 0x0112
 """EXIF tag; values 5 to 8 swap width and height."""
@@ -112,17 +119,46 @@ def centre_crop(width: int, height: int) -> Crop:
     return Crop((height - side) // 2, (width - side) // 2, side, side)
 
 
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded picture."""
+
+    pixels: NDArray[np.uint8]
+    """(H, W, 3) RGB. Not to be changed: others may use it."""
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return int(self.pixels.shape[1])
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return int(self.pixels.shape[0])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.width, self.height
+
+    def pil(self) -> Image.Image:
+        """The same as a picture of Pillow."""
+        return Image.fromarray(self.pixels)
+
+
 class Pictures:
     """Opens and crops pictures; keeps the last decoded ones, if it has room. One per process."""
 
     def __init__(self, max_pixels: int = 64_000_000, cache_mib: float = 0) -> None:
         self.max_pixels = max_pixels
         self.cache_bytes = int(cache_mib * 2**20)
-        self._kept: OrderedDict[bytes | Path, Image.Image] = OrderedDict()
+        self._kept: OrderedDict[bytes | Path, Picture] = OrderedDict()
         self._kept_bytes = 0
 
-    def open(self, image: bytes | Path, key: str | None = None) -> Image.Image:
-        """Decode a picture to RGB: upright, first frame, transparent parts over white. Do not change it.
+    def open(self, image: bytes | Path, key: str | None = None) -> Picture:
+        """Decode a picture: upright, first frame, 8 bits a channel, transparent parts over white.
+
+        torchvision decodes JPEG, Pillow everything else and whatever torchvision does not read.
 
         Args:
             image: an encoded picture, or the path of one.
@@ -134,9 +170,10 @@ class Pictures:
         if image in self._kept:
             self._kept.move_to_end(image)
             return self._kept[image]
-        with self._header(image, key) as found:
-            found.load()
-            picture = _to_rgb(ImageOps.exif_transpose(found))
+        with self._faults(image, key):
+            data = image if isinstance(image, bytes) else _read(image)
+            with self._header(data, _name(image, key)) as found:
+                picture = _decoded(found, data)
         self._keep(image, picture)
         return picture
 
@@ -146,62 +183,61 @@ class Pictures:
         Raises:
             DataError: it cannot be read, is no picture, or has more than ``max_pixels``.
         """
-        with self._header(image, key) as found:
+        with self._faults(image, key), self._header(image, _name(image, key)) as found:
             width, height = found.size
             upright = found.format == "TIFF"  # there Pillow has swapped them already
             turned = not upright and found.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             return (height, width) if turned else (width, height)
 
-    def crop(self, image: Image.Image, crop: Crop, px: int) -> NDArray[np.uint8]:
-        """Part of an RGB picture, (3, px, px) uint8, bicubic.
+    def crop(self, picture: Picture, crop: Crop, px: int) -> NDArray[np.uint8]:
+        """Part of a picture, (3, px, px) uint8, bicubic with antialiasing.
 
         Raises:
             DataError: the crop reaches over the edge, so it was drawn for another picture.
         """
-        box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
-        if min(crop.left, crop.top) < 0 or box[2] > image.width or box[3] > image.height:
+        bottom, right = crop.top + crop.height, crop.left + crop.width
+        if min(crop.left, crop.top) < 0 or right > picture.width or bottom > picture.height:
+            box = (crop.left, crop.top, right, bottom)
             raise DataError(
-                f"crop {box} reaches over the edge of a picture of {image.width}x{image.height} pixels: the "
-                "picture has changed since the crop was drawn; run tokenize-images again"
+                f"crop {box} reaches over the edge of a picture of {picture.width}x{picture.height} pixels: "
+                "the picture has changed since the crop was drawn; run tokenize-images again"
             )
-        part = image.resize((px, px), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+        part = resized(picture.pixels[crop.top : bottom, crop.left : right], px, px)
+        part = _coloured(part, crop)
         if crop.flip:
-            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        for enhance, factor in (
-            (ImageEnhance.Brightness, crop.brightness),
-            (ImageEnhance.Contrast, crop.contrast),
-            (ImageEnhance.Color, crop.saturation),
-        ):
-            if factor != 1:
-                part = enhance(part).enhance(factor)
-        return np.ascontiguousarray(np.asarray(part, dtype=np.uint8).transpose(2, 0, 1))
+            part = part[:, ::-1]
+        return np.ascontiguousarray(part.transpose(2, 0, 1))
 
     @contextmanager
-    def _header(self, image: bytes | Path, key: str | None) -> Iterator[Image.Image]:
-        """A picture of which only the header is read; what goes wrong inside the block is a DataError."""
-        name = key if key is not None else str(image) if isinstance(image, Path) else "a picture"
-        if key is not None and isinstance(image, Path):
-            name = f"{key} ({image})"
+    def _header(self, image: bytes | Path, name: str) -> Iterator[Image.Image]:
+        """A picture of which only the header is read."""
+        with (
+            warnings.catch_warnings(action="ignore"),  # the limit below replaces Pillow's warning
+            Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as found,
+        ):
+            if found.width * found.height > self.max_pixels:
+                raise DataError(
+                    f"{name}: {found.width}x{found.height} pixels are more than the limit of "
+                    f"{self.max_pixels}; shrink it"
+                )
+            yield found
+
+    @contextmanager
+    def _faults(self, image: bytes | Path, key: str | None) -> Iterator[None]:
+        """What goes wrong inside the block is a DataError."""
         try:
-            with (
-                warnings.catch_warnings(action="ignore"),  # the limit below replaces Pillow's warning
-                Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as found,
-            ):
-                if found.width * found.height > self.max_pixels:
-                    raise DataError(
-                        f"{name}: {found.width}x{found.height} pixels are more than the limit of "
-                        f"{self.max_pixels}; shrink it"
-                    )
-                yield found
+            yield
         except UnidentifiedImageError as error:
             raise DataError(
-                f"{name}: not a readable picture (unknown format); replace or remove it"
+                f"{_name(image, key)}: not a readable picture (unknown format); replace or remove it"
             ) from error
         except FAULTS as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise DataError(f"{name}: not a readable picture ({reason}); replace or remove it") from error
+            raise DataError(
+                f"{_name(image, key)}: not a readable picture ({reason}); replace or remove it"
+            ) from error
 
-    def _keep(self, image: bytes | Path, picture: Image.Image) -> None:
+    def _keep(self, image: bytes | Path, picture: Picture) -> None:
         """Put a picture into the cache, and drop those not used for longest."""
         if _memory(image, picture) > self.cache_bytes:
             return
@@ -211,9 +247,61 @@ class Pictures:
             self._kept_bytes -= _memory(*self._kept.popitem(last=False))
 
 
-def _memory(image: bytes | Path, picture: Image.Image) -> int:
-    """Bytes of an encoded picture and of the decoded one; Pillow spends four a pixel on RGB."""
-    return 4 * picture.width * picture.height + (len(image) if isinstance(image, bytes) else 0)
+def resized(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """(H, W, 3) at another size, bicubic with antialiasing."""
+    batch = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
+    found = transforms.resize(batch, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    array: NDArray[np.uint8] = found[0].permute(1, 2, 0).numpy()
+    return array
+
+
+def _coloured(pixels: NDArray[np.uint8], crop: Crop) -> NDArray[np.uint8]:
+    """(H, W, 3) with the colours of a crop."""
+    factors = (
+        (ImageEnhance.Brightness, crop.brightness),
+        (ImageEnhance.Contrast, crop.contrast),
+        (ImageEnhance.Color, crop.saturation),
+    )
+    if all(factor == 1 for _, factor in factors):
+        return pixels
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    for enhance, factor in factors:
+        if factor != 1:
+            image = enhance(image).enhance(factor)
+    return np.asarray(image)
+
+
+def _name(image: bytes | Path, key: str | None) -> str:
+    """What a picture is called in messages."""
+    if not isinstance(image, Path):
+        return "a picture" if key is None else key
+    return str(image) if key is None else f"{key} ({image})"
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
+    return data
+
+
+def _decoded(found: Image.Image, data: bytes) -> Picture:
+    """All of a picture of which Pillow has read the header."""
+    if found.format in ("JPEG", "MPO") and found.mode in ("RGB", "L"):
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        try:
+            pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+            return Picture(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+        except RuntimeError:
+            pass  # Pillow reads it, or says what is wrong with it
+    found.load()
+    return Picture(np.array(_to_rgb(ImageOps.exif_transpose(found))))
+
+
+def _memory(image: bytes | Path, picture: Picture) -> int:
+    """Bytes of an encoded picture and of the decoded one."""
+    return picture.pixels.nbytes + (len(image) if isinstance(image, bytes) else 0)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

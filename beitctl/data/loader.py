@@ -4,18 +4,19 @@ Which samples a step holds, their crops, masks and stochastic depth follow from 
 index). They depend neither on the number of ranks nor on workers or accumulation.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from beitctl.config import ModelConfig
 from beitctl.data import order
 from beitctl.data.batch import Batch, Portion, collate
-from beitctl.errors import DataError
+from beitctl.data.workers import working_on
+from beitctl.errors import ChangedError, DataError
 
 if TYPE_CHECKING:
     from beitctl.api import Example, Examples, Item, Task, Tools
@@ -34,6 +35,25 @@ class Stream:
     samples: int
     """Samples per step, over all ranks."""
     tools: "Tools"
+
+    @functools.cached_property
+    def order(self) -> order.Order:
+        """The sequence in which the examples come."""
+        mixed = getattr(self.examples, "parts", None) or [(1.0, self.examples)]
+        parts = [order.Part(len(part), tuple(getattr(part, "shards", ())), weight) for weight, part in mixed]
+        return order.Order(parts, self.name)
+
+    def positions(self, step: int, parts: int, part: int, seed: int) -> list[int]:
+        """Positions of the samples of one of ``parts`` equal shares of a step.
+
+        Texts whose lengths are known are dealt out so that no share has more work than another.
+        """
+        first = step * self.samples
+        lengths = getattr(self.examples, "lengths", None)
+        if lengths is None or parts == 1 or self.task.layout not in ("text", "pair"):
+            return [first + offset for offset in order.share(self.samples, parts, part)]
+        costs = [lengths[self.order.at(first + offset, seed)[1]] for offset in range(self.samples)]
+        return [first + offset for offset in order.snake(np.array(costs), parts, part)]
 
 
 @dataclass(frozen=True)
@@ -58,17 +78,22 @@ def drawn(stream: Stream, position: int, seed: int) -> "tuple[str, Item, list[tu
 
     Raises:
         DataError: many examples in a row are unreadable.
+        ChangedError: the data are not what they were when the run began.
     """
-    epoch, index = order.index_at(position, len(stream.examples), seed, stream.name)
+    epoch, index = stream.order.at(position, seed)
     problems: list[tuple[str, str]] = []
     chosen = index
     for attempt in range(SUBSTITUTES):
         place = f"{stream.name}[{chosen}]"
+        working_on(place)
         try:
             example = stream.examples[chosen]
             place = example.id
+            working_on(f"{stream.name}/{place}")
             draw = order.generator(seed, stream.name, epoch, index, "prepare", attempt)
             return place, stream.task.prepare(example, draw, stream.tools), problems
+        except ChangedError:
+            raise
         except DataError as error:
             problems.append((place, str(error)))
             reserve = order.generator(seed, stream.name, epoch, index, "reserve", attempt)
@@ -94,8 +119,7 @@ class StepData(Dataset[list[Batch]]):
         portions, samples, problems = [], [], []
         for stream in self.streams:
             items, keeps = [], []
-            for offset in order.share(stream.samples, parts, part):
-                position = step * stream.samples + offset
+            for position in stream.positions(step, parts, part, self.seed):
                 id, item, bad = drawn(stream, position, self.seed)
                 items.append(item)
                 keeps.append(self._keep(stream, position))
@@ -115,27 +139,6 @@ class StepData(Dataset[list[Batch]]):
         return (alive / (1.0 - self.rates[:, None])).astype(np.float32)
 
 
-def steps(
-    data: Dataset[list[Batch]], start: int, stop: int, workers: int, started: Callable[[int], None]
-) -> Iterator[list[Batch]]:
-    """Batches of the steps ``start`` .. ``stop - 1`` in order, prefetched by worker processes if any."""
-    loader = DataLoader(
-        data,
-        sampler=range(start, stop),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_same,
-        worker_init_fn=started,
-        prefetch_factor=2 if workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )
-    yield from loader
-
-
-def _same(batches: list[Batch]) -> list[Batch]:
-    return batches
-
-
 def prepared(
     stream: "Stream", seed: int, limit: int = 0, unusable: list[str] | None = None
 ) -> "Iterator[tuple[Example, Item]]":
@@ -149,6 +152,8 @@ def prepared(
             example = stream.examples[index]
             draw = order.generator(seed, stream.name, "fixed", index)
             yield example, stream.task.prepare(example, draw, stream.tools)
+        except ChangedError:
+            raise
         except DataError as error:
             if unusable is not None:
                 unusable.append(str(error))

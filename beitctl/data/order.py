@@ -4,11 +4,19 @@ Nothing here depends on the number of ranks, workers or micro-batches.
 """
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from operator import index
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+WINDOW = 16_384
+"""Examples that are mixed with one another where reading far apart is slow."""
+BLOCK = 4096
+"""Places of a mixture in which every part has its share."""
 
 
 def digest(*parts: int | str | bytes) -> bytes:
@@ -43,22 +51,127 @@ def permutation(n: int, seed: int, name: str, epoch: int) -> NDArray[np.integer]
     return order
 
 
-def index_at(position: int, n: int, seed: int, name: str) -> tuple[int, int]:
-    """Epoch, and index of the example, at a position of an endless sequence over n examples.
+@dataclass(frozen=True)
+class Part:
+    """Examples of one source, as far as their order goes."""
 
-    Args:
-        position: examples of this source that come before, over the whole run.
-        n: examples in the source.
-        seed: seed of the run.
-        name: name of the sequence, so that two sources of one run are shuffled differently.
+    count: int
+    shards: tuple[int, ...] = ()
+    """Sizes of the runs of examples that lie together; empty: any is read as fast as any other."""
+    weight: float = 1.0
+    """Share of the sequence, beside the weights of the other parts."""
 
-    Raises:
-        ValueError: n is not positive or position is negative.
+
+class Order:
+    """The endless sequence in which a stream reads its examples: a pure function of seed and position.
+
+    Every part goes through its examples once in each of its epochs. Without shards an epoch is a random
+    permutation. With them it is a permutation of the shards, laid end to end and cut into windows of
+    ``WINDOW`` examples, and a permutation of each window: reads stay within a few shards at a time. Of
+    several parts each has its share of every ``BLOCK`` positions, at random places.
     """
-    if n < 1 or position < 0:
-        raise ValueError(f"no example at position {position} of a source with {n} examples")
-    epoch, place = divmod(position, n)
-    return epoch, int(permutation(n, seed, name, epoch)[place])
+
+    def __init__(self, parts: Sequence[Part], name: str) -> None:
+        """Set up the order of the parts, whose examples have consecutive indices, under a name.
+
+        Two sequences of one run are shuffled differently if their names differ.
+
+        Raises:
+            ValueError: there is nothing in a part, shards do not add up, or a weight is too small a share.
+        """
+        self.parts, self.name = tuple(parts), name
+        self.starts = np.cumsum([0, *(part.count for part in parts)])
+        for part in parts:
+            if part.count < 1 or (part.shards and sum(part.shards) != part.count):
+                raise ValueError(f"{name}: a part of {part.count} examples in shards of {sum(part.shards)}")
+        self.slots = _slots(tuple(part.weight for part in parts))
+        self.shards = [_Shards(part.shards) if part.shards else None for part in parts]
+
+    def at(self, position: int, seed: int) -> tuple[int, int]:
+        """Epoch of its part, and index, of the example at a position.
+
+        Raises:
+            ValueError: the position is negative.
+        """
+        if position < 0:
+            raise ValueError(f"no example at position {position}")
+        if len(self.parts) == 1:
+            number, place = 0, position
+        else:
+            block, slot = divmod(position, BLOCK)
+            numbers, before = _mixed(self.slots, seed, self.name, block)
+            number = int(numbers[slot])
+            place = block * self.slots[number] + int(before[slot])
+        part = self.parts[number]
+        name = self.name if len(self.parts) == 1 else f"{self.name}/{number}"
+        epoch, place = divmod(place, part.count)
+        shards = self.shards[number]
+        inner = (
+            shards.at(place, seed, name, epoch)
+            if shards
+            else permutation(part.count, seed, name, epoch)[place]
+        )
+        return epoch, int(self.starts[number]) + int(inner)
+
+
+def _slots(weights: tuple[float, ...]) -> tuple[int, ...]:
+    """Positions of a block that each part has: in proportion to the weights, by largest remainder."""
+    if len(weights) == 1:
+        return (BLOCK,)
+    exact = np.array(weights, np.float64) / sum(weights) * BLOCK
+    if not (exact >= 1).all():
+        raise ValueError(f"a part has less than 1/{BLOCK} of all weights: {weights}")
+    counts = np.floor(exact).astype(np.int64)
+    rest = BLOCK - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
+    return tuple(counts.tolist())
+
+
+@functools.lru_cache(maxsize=32)
+def _mixed(
+    slots: tuple[int, ...], seed: int, name: str, block: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Part of every position of a block, and how many of that part come before it in the block."""
+    parts = np.repeat(np.arange(len(slots)), slots)
+    generator(seed, "mixture", name, block).shuffle(parts)
+    before = np.empty(BLOCK, np.int64)
+    for part, count in enumerate(slots):
+        before[parts == part] = np.arange(count)
+    return parts, before
+
+
+class _Shards:
+    """The order of examples that lie in shards."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes = np.array(sizes, np.int64)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.last: tuple[Any, NDArray[np.integer], NDArray[np.int64]] | None = None
+
+    def at(self, place: int, seed: int, name: str, epoch: int) -> int:
+        """Index of the example at a place of an epoch."""
+        order, ends = self._shuffled(seed, name, epoch)
+        number, inner = divmod(place, WINDOW)
+        first = number * WINDOW
+        window = _window(min(WINDOW, int(ends[-1]) - first), seed, name, epoch, number)
+        spot = first + int(window[inner])
+        turn = int(np.searchsorted(ends, spot, side="right"))
+        shard = int(order[turn])
+        return int(self.starts[shard] + self.sizes[shard]) - (int(ends[turn]) - spot)
+
+    def _shuffled(self, seed: int, name: str, epoch: int) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        """Order of the shards in an epoch, and where each ends in it."""
+        if self.last is None or self.last[0] != (seed, name, epoch):
+            order = permutation(len(self.sizes), seed, f"{name}/shards", epoch)
+            self.last = ((seed, name, epoch), order, np.cumsum(self.sizes[order]))
+        return self.last[1:]
+
+
+@functools.lru_cache(maxsize=64)
+def _window(size: int, seed: int, name: str, epoch: int, window: int) -> NDArray[np.integer]:
+    order = np.arange(size, dtype=np.int32)
+    generator(seed, "window", name, epoch, window).shuffle(order)
+    return order
 
 
 def share(total: int, parts: int, part: int) -> range:
@@ -70,3 +183,20 @@ def share(total: int, parts: int, part: int) -> range:
     if not 0 <= part < parts:
         raise ValueError(f"part ({part}) must lie in 0..{parts - 1}")
     return range(part * total // parts, (part + 1) * total // parts)
+
+
+def snake(costs: NDArray[Any], parts: int, part: int) -> list[int]:
+    """One part of the places of ``costs``, dealt out so that all parts cost about the same.
+
+    From the dearest to the cheapest, forth and back over the parts; no part is longer than another by more
+    than one.
+
+    Raises:
+        ValueError: part does not lie in 0..parts-1.
+    """
+    if not 0 <= part < parts:
+        raise ValueError(f"part ({part}) must lie in 0..{parts - 1}")
+    dealt = np.argsort(-np.asarray(costs, np.int64), kind="stable")
+    turn = np.arange(len(dealt)) % (2 * parts)
+    mine = dealt[(turn == part) | (turn == 2 * parts - 1 - part)]
+    return sorted(mine.tolist())

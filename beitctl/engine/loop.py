@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from beitctl.config import TrainConfig
-from beitctl.data.loader import steps
+from beitctl.data.workers import steps
 from beitctl.engine import optim
 from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import Ranks
 from beitctl.engine.guard import Signals, worker_ignores_signals
-from beitctl.errors import DataError, DivergedError, Interrupted, Stopped, UserError
+from beitctl.engine.quarantine import Quarantine
+from beitctl.errors import DivergedError, Interrupted, Stopped, UserError
 
 STREAK = 3
 """Steps in a row without a finite gradient after which a run counts as diverged."""
@@ -51,6 +52,8 @@ class Session:
     """Called after every checkpoint."""
     warn: Callable[[str], None] = lambda text: None
     """Called with what the user should know."""
+    sampled: Callable[[int, Sequence[str]], None] = lambda step, ids: None
+    """Called with the sorted ids of all samples of a step, over all ranks, if ``config.log_samples``."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,7 @@ class _Loop:
             session.folder / "checkpoints", session.ranks, config.keep_checkpoints, session.warn
         )
         self.streak = torch.zeros((), device=session.ranks.device)
-        self.bad: set[str] = set()
-        """Unreadable examples that any rank has met."""
+        self.quarantine = Quarantine(session.folder, session.ranks, config.max_bad_share, session.examples)
         self.clock = _Clock(config)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -151,7 +153,7 @@ class _Loop:
         for batch in micro:
             found = self.learner.counts(batch)
             counts = [total + found[term] for total, term in zip(counts, self.terms, strict=True)]
-        fresh = self.fresh(micro)
+        fresh = self.quarantine.fresh(micro)
         for id, text in fresh.items():
             self.session.warn(f"skipped {id}: {text}")
         main = self.session.ranks.main
@@ -165,24 +167,13 @@ class _Loop:
         summed = self.session.ranks.sum([*counts, *wishes.values()])
         return summed[: len(counts)], dict(zip(wishes, summed[len(counts) :], strict=True))
 
-    def fresh(self, micro: Sequence[Any]) -> dict[str, str]:
-        """Unreadable examples of this rank that are not known yet, and why."""
-        problems = (problem for batch in micro for problem in batch.problems)
-        return {id: text for id, text in problems if id not in self.bad}
-
-    def check_data(self, micro: Sequence[Any], fresh: float) -> None:
-        """Count each unreadable example once, whichever ranks met it; ``fresh``: new ones on all ranks."""
-        if not fresh:
-            return
-        for ids in self.session.ranks.gather_objects(sorted(self.fresh(micro))):
-            self.bad.update(ids)
-        allowed = max(1.0, self.config.max_bad_share * self.session.examples)
-        if len(self.bad) > allowed:
-            raise DataError(
-                f"{len(self.bad)} of {self.session.examples} examples cannot be used "
-                f"(allowed: {allowed:.0f}, max_bad_share = {self.config.max_bad_share}): "
-                f"{', '.join(sorted(self.bad)[:20])}. Remove them, or raise max_bad_share"
-            )
+    def tell_samples(self, number: int, micro: Sequence[Any]) -> None:
+        """Say which samples a step was made of, if the settings ask for it."""
+        logged = number in (1, self.config.steps) or number % self.config.log_every_steps == 0
+        if self.config.log_samples and logged:
+            ids = [id for batch in micro for id in batch.samples]
+            found = self.session.ranks.gather_objects(ids)
+            self.session.sampled(number, sorted(id for part in found for id in part))
 
     def step(self, micro: Sequence[Trainable], counts: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Forward, backward and update; returns the sums (terms, 2) and the gradient norm."""
@@ -235,13 +226,14 @@ def train(
     """
     loop = _Loop(learner, config, session)
     begin = loop.restore()
+    loop.quarantine.restore(begin)
     session.started(begin)
     last_save = begin
     with Signals(session.folder) as signals:
         clock = time.monotonic()
         for index, micro in zip(
             range(begin, config.steps),
-            steps(data, begin, config.steps, config.workers, worker_ignores_signals),
+            steps(data, begin, config.steps, config.workers, worker_ignores_signals, session.warn),
             strict=True,
         ):
             wait = time.monotonic() - clock
@@ -250,7 +242,8 @@ def train(
                 if index > last_save:
                     loop.save(index)
                 _leave(index, bool(wishes["interrupt"]))
-            loop.check_data(micro, wishes["bad"])
+            if wishes["bad"]:
+                loop.quarantine.take(loop.quarantine.fresh(micro), index + 1)
             lr = optim.lr_at(index, config.steps, config.optim)
             optim.set_lr(loop.optimizer, lr)
             learner.train()
@@ -258,6 +251,7 @@ def train(
             number = index + 1
             if number % config.log_every_steps == 0 or number == config.steps:
                 loop.check_finite(number)
+            loop.tell_samples(number, micro)
             if number % config.save_every_steps == 0 or number == config.steps or wishes["save"]:
                 loop.save(number)
                 last_save = number

@@ -4,6 +4,7 @@ Every record has ``v`` (schema version, 1), ``event``, ``time`` (ISO 8601, UTC) 
 
     start       run, recipe, dir, plan, and resumed_from (a step) if the run goes on from a checkpoint
     step        step, of, metrics {name: number}
+    samples     step, ids (objective/id of every sample of the step, sorted; with train.log_samples)
     eval        name, step, metrics {name: number, or a table of them}
     checkpoint  step, path (relative to the run folder), seconds
     image       name, path, title, caption, and step if one was reached
@@ -118,6 +119,10 @@ class EventLog:
         self._step = step
         self._write("step", step=step, of=of, metrics=metrics)
         self._progress.step(step, of, metrics)
+
+    def samples(self, step: int, ids: Sequence[str]) -> None:
+        """Record which samples a step was made of."""
+        self._write("samples", step=step, ids=list(ids))
 
     def evaluation(self, name: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Record what an evaluation found after ``step`` steps."""

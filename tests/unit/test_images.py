@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beitctl.data.images import Crop, Pictures, centre_crop, random_crop
+from beitctl.data.images import Crop, Picture, Pictures, centre_crop, random_crop
 from beitctl.data.order import generator
 from beitctl.errors import DataError
 
@@ -54,6 +54,14 @@ def png_of_size(width, height):
     )
 
 
+def opened(image):
+    return Pictures().open(image).pil()
+
+
+def cropped(image, crop, px):
+    return Pictures().crop(Picture(np.asarray(image.convert("RGB"))), crop, px)
+
+
 def far(a, b):
     return np.abs(np.asarray(a, float) - np.asarray(b, float)).mean()
 
@@ -61,7 +69,7 @@ def far(a, b):
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "L", "YCbCr"])
 def test_modes_without_transparency_open_as_they_look(mode):
     image = ramp().convert(mode)
-    found = Pictures().open(encoded(image, "JPEG", quality=95))
+    found = opened(encoded(image, "JPEG", quality=95))
     assert found.mode == "RGB"
     assert far(found, ramp() if mode != "L" else image.convert("RGB")) < 6
 
@@ -71,7 +79,7 @@ def test_transparent_parts_are_laid_over_white(mode):
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     image.putpixel((0, 0), (0, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 128))
-    found = Pictures().open(encoded(image.convert(mode)))
+    found = opened(encoded(image.convert(mode)))
     assert [found.getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
 
 
@@ -80,30 +88,30 @@ def test_a_palette_with_transparency_is_laid_over_white(transparent):
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
-    found = Pictures().open(encoded(image, transparency=transparent))
+    found = opened(encoded(image, transparency=transparent))
     assert [found.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (40, 50, 60)]
 
 
 def test_one_bit_opens_as_black_and_white():
-    found = Pictures().open(encoded(ramp().convert("1")))
+    found = opened(encoded(ramp().convert("1")))
     assert set(np.unique(found)) == {0, 255}
 
 
 def test_sixteen_bits_keep_their_brightness():
-    found = Pictures().open(encoded(Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))))
+    found = opened(encoded(Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))))
     assert [found.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
 
 
 @pytest.mark.parametrize("white", [1.0, 255.0])
 def test_floats_open_from_black_to_white(white):
     image = Image.fromarray(np.array([[0, white / 2, white]], np.float32))
-    found = Pictures().open(encoded(image, "TIFF"))
+    found = opened(encoded(image, "TIFF"))
     assert [found.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
 def test_thirty_two_bits_keep_their_brightness():
     image = Image.fromarray(np.array([[0, 2**30, 2**31 - 1]], np.int32))
-    found = Pictures().open(encoded(image, "TIFF"))
+    found = opened(encoded(image, "TIFF"))
     assert [found.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
@@ -114,20 +122,20 @@ def test_pictures_open_upright_and_size_agrees(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(stored, kind, exif=exif)
-    assert far(Pictures().open(data), ramp()) == 0
+    assert far(opened(data), ramp()) == 0
     assert Pictures().size(data) == (60, 40)
 
 
 def test_the_first_frame_of_an_animation_is_opened():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert Pictures().open(data).getpixel((3, 3)) == (255, 0, 0)
+    assert opened(data).getpixel((3, 3)) == (255, 0, 0)
 
 
 def test_a_file_opens_like_its_bytes(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encoded(ramp()))
-    assert far(Pictures().open(path), Pictures().open(path.read_bytes())) == 0
+    assert far(opened(path), opened(path.read_bytes())) == 0
 
 
 def test_the_pixel_limit_is_checked_before_decoding():
@@ -177,7 +185,7 @@ def test_damaged_pictures_open_or_are_data_errors(kind):
         for place in draw.integers(0, len(data), 4):
             broken[place] = int(draw.integers(256))
         with suppress(DataError):
-            assert Pictures().open(bytes(broken)).mode == "RGB"
+            assert opened(bytes(broken)).mode == "RGB"
 
 
 def test_a_damaged_picture_leaves_nothing_on_stderr():
@@ -213,7 +221,7 @@ def test_pictures_of_one_name_are_kept_apart():
 
 
 def test_the_cache_drops_what_was_not_used_for_longest():
-    pictures = Pictures(cache_mib=2.5 * 100 * 100 * 4 / 2**20)
+    pictures = Pictures(cache_mib=2.5 * 100 * 100 * 3 / 2**20)
     data = [encoded(Image.new("RGB", (100, 100), (i, 0, 0))) for i in range(3)]
     first, second = pictures.open(data[0]), pictures.open(data[1])
     pictures.open(data[0])
@@ -231,23 +239,23 @@ def test_a_picture_larger_than_the_cache_drops_nothing():
 
 
 def test_a_crop_is_channels_first_and_contiguous():
-    found = Pictures().crop(ramp(), Crop(5, 10, 20, 20), 16)
+    found = cropped(ramp(), Crop(5, 10, 20, 20), 16)
     assert (found.shape, found.dtype, found.flags.c_contiguous) == ((3, 16, 16), np.uint8, True)
 
 
 def test_a_crop_shows_its_part_of_the_picture():
-    found = Pictures().crop(ramp(), Crop(10, 20, 8, 8), 8)
+    found = cropped(ramp(), Crop(10, 20, 8, 8), 8)
     assert (found == np.asarray(ramp())[10:18, 20:28].transpose(2, 0, 1)).all()
 
 
 def test_a_crop_at_two_sizes_shows_the_same_part():
     crop = Crop(3, 7, 30, 45, flip=True, brightness=1.2, contrast=0.8, saturation=1.3)
-    large, small = (Pictures().crop(ramp(), crop, px) for px in (64, 32))
+    large, small = (cropped(ramp(), crop, px) for px in (64, 32))
     assert far(large.reshape(3, 32, 2, 32, 2).mean((2, 4)), small) < 1.5
 
 
 def test_a_flip_swaps_left_and_right():
-    plain, flipped = (Pictures().crop(ramp(), Crop(0, 0, 40, 60, flip), 24) for flip in (False, True))
+    plain, flipped = (cropped(ramp(), Crop(0, 0, 40, 60, flip), 24) for flip in (False, True))
     assert (plain[:, :, ::-1] == flipped).all()
 
 
@@ -261,12 +269,12 @@ def test_a_flip_swaps_left_and_right():
 )
 def test_a_colour_factor_does_what_it_says(change, factor, expected):
     grey = Image.new("RGB", (8, 8), (100, 100, 100))
-    assert (Pictures().crop(grey, Crop(0, 0, 8, 8, **{change: factor}), 4) == expected).all()
+    assert (cropped(grey, Crop(0, 0, 8, 8, **{change: factor}), 4) == expected).all()
 
 
 def test_brightness_comes_before_contrast():
     two = Image.fromarray(np.array([[[200] * 3, [100] * 3]] * 2, np.uint8))
-    found = Pictures().crop(two, Crop(0, 0, 2, 2, brightness=2.0, contrast=0.5), 2)
+    found = cropped(two, Crop(0, 0, 2, 2, brightness=2.0, contrast=0.5), 2)
     assert found[0, 0].tolist() == [241, 214]  # 255 and 200, half-way to their mean
 
 
@@ -275,7 +283,7 @@ def test_a_crop_over_the_edge_is_a_data_error(crop):
     with pytest.raises(
         DataError, match="over the edge of a picture of 60x40 pixels: the picture has changed"
     ):
-        Pictures().crop(ramp(), crop, 8)
+        cropped(ramp(), crop, 8)
 
 
 def test_random_crops_keep_scale_aspect_and_bounds():

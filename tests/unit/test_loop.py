@@ -1,5 +1,7 @@
 """The training loop on the smallest learner: what is averaged, what stops it, what it survives."""
 
+import json
+import shutil
 import time
 
 import pytest
@@ -101,9 +103,39 @@ def test_too_many_unreadable_examples_are_named_with_the_setting(tmp_path):
     with pytest.raises(DataError) as caught:
         run(tmp_path, bad("b", "a"), max_bad_share=0.001)
     assert str(caught.value) == (
-        "2 of 10 examples cannot be used (allowed: 1, max_bad_share = 0.001): a, b. "
-        "Remove them, or raise max_bad_share"
+        "2 of 10 examples cannot be used (allowed: 1, max_bad_share = 0.001; all are in "
+        f"{tmp_path / 'quarantine.jsonl'}). Remove them, or raise max_bad_share:\n"
+        "  a is broken\n  b is broken"
     )
+
+
+def quarantined(folder):
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_unreadable_examples_are_listed_in_the_run_folder(tmp_path):
+    run(tmp_path, Steps(problems={0: ("a",), 2: ("b", "a")}), max_bad_share=0.5)
+    assert quarantined(tmp_path) == [
+        {"id": "a", "reason": "a is broken", "step": 1},
+        {"id": "b", "reason": "b is broken", "step": 3},
+    ]
+
+
+def test_the_list_of_unreadable_examples_is_taken_up_on_resume(tmp_path):
+    run(tmp_path, Steps(problems={0: ("a",)}), steps=3)
+    heard = []
+    data = Steps(problems={4: ("a",)})
+    run(tmp_path, data, steps=6, session={"warn": heard.append})
+    assert heard == []
+    with pytest.raises(DataError, match="2 of 10 examples"):
+        run(tmp_path, Steps(problems={7: ("b",)}), steps=9)
+
+
+def test_a_run_that_begins_anew_begins_a_new_list(tmp_path):
+    run(tmp_path, Steps(problems={0: ("a",)}), steps=3)
+    shutil.rmtree(tmp_path / "checkpoints")
+    run(tmp_path, Steps(problems={1: ("b",)}), steps=3)
+    assert [row["id"] for row in quarantined(tmp_path)] == ["b"]
 
 
 def test_the_share_that_is_allowed_is_that_of_all_examples(tmp_path):
@@ -111,7 +143,7 @@ def test_the_share_that_is_allowed_is_that_of_all_examples(tmp_path):
 
 
 def test_unreadable_examples_add_up_over_steps(tmp_path):
-    with pytest.raises(DataError, match=r"2 of 10 examples cannot be used .*: a, b\."):
+    with pytest.raises(DataError, match=r"2 of 10 examples cannot be used .*\n  a is broken\n  b is broken"):
         run(tmp_path, Steps(problems={0: ("a",), 2: ("b",)}))
 
 

@@ -16,13 +16,17 @@ SMALL_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Opened:
-    """Rows in memory, each made into an example when it is asked for."""
+    """Rows, in memory or memory-mapped, each made into an example when it is asked for."""
 
     rows: Sequence[Any]
     example: Callable[[Any], Example]
     fingerprint: str
     problems: list[str] = field(default_factory=list)
     """What was left out, and why: one line each."""
+    shards: Sequence[int] = ()
+    """Sizes of the runs of rows that lie together on disk; empty: any row is read as fast as any other."""
+    lengths: Any = None
+    """(n,) ints that grow with the length of each text, or None."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -147,6 +147,7 @@ def fit(
         saved=job.log.checkpoint,
         started=lambda step: job.log.note(f"resuming from step {step}") if step else None,
         warn=lambda text: job.log.warning("W301", text, "look at the file, or remove it"),
+        sampled=job.log.samples,
     )  # fmt: skip
     with closing(train(learner, data, config, session)) as steps:
         for step in steps:

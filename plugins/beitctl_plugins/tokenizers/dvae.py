@@ -203,6 +203,7 @@ class DVAE(Plugin):
             ranks, job.folder, "dvae", job.resume,
             examples=sum(len(stream.examples) for stream in streams), saved=job.log.checkpoint,
             warn=lambda text: job.log.warning("W301", text, "look at the file, or remove it"),
+            sampled=job.log.samples,
         )  # fmt: skip
         guard = UseGuard(self.codes, self.min_used_share, config.steps / 4)
         with closing(train(learner, data, config, session)) as steps:

@@ -220,6 +220,7 @@ class VQKD(Plugin):
             examples=sum(len(stream.examples) for stream in streams), saved=job.log.checkpoint,
             started=started,
             warn=lambda text: job.log.warning("W301", text, "look at the file, or remove it"),
+            sampled=job.log.samples,
         )  # fmt: skip
         with closing(train(learner, data, config, session)) as steps:
             for step in steps:

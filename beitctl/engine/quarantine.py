@@ -1,0 +1,71 @@
+"""Examples that cannot be used: counted once over all ranks, listed in the run folder; too many end a run."""
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from beitctl.engine.dist import Ranks
+from beitctl.errors import DataError
+
+LIST = "quarantine.jsonl"
+"""File in the run folder: ``id``, ``reason`` and the first ``step`` of every such example, one a line."""
+NAMED = 20
+"""Most examples that the error names; the list has all."""
+
+
+class Quarantine:
+    """The examples of a run that could not be used so far. Every rank has the same."""
+
+    def __init__(self, folder: Path, ranks: Ranks, share: float, examples: int) -> None:
+        self.path, self.ranks, self.share, self.examples = folder / LIST, ranks, share, examples
+        self.reasons: dict[str, str] = {}
+        """Why, by id."""
+
+    def restore(self, step: int) -> None:
+        """Take up the list of an interrupted run that goes on at a step; begin anew at step 0."""
+        found: dict[str, str] = {}
+        if self.ranks.main and step:
+            with contextlib.suppress(FileNotFoundError):
+                for line in self.path.read_text(encoding="utf-8").splitlines():
+                    with contextlib.suppress(ValueError, KeyError):  # a last line that a crash cut off
+                        row = json.loads(line)
+                        found[row["id"]] = row["reason"]
+        elif self.ranks.main:
+            self.path.unlink(missing_ok=True)
+        for part in self.ranks.gather_objects(found):
+            self.reasons.update(part)
+
+    def fresh(self, micro: Sequence[Any]) -> dict[str, str]:
+        """Unusable examples in the batches of this rank that are not known yet, and why."""
+        problems = (problem for batch in micro for problem in batch.problems)
+        return {id: text for id, text in problems if id not in self.reasons}
+
+    def take(self, fresh: Mapping[str, str], step: int) -> None:
+        """Add what all ranks have found; every rank must call it at the same step.
+
+        Raises:
+            DataError: more of the examples are unusable than the share allows; names them.
+        """
+        added: dict[str, str] = {}
+        for part in self.ranks.gather_objects(dict(fresh)):
+            added |= {id: reason for id, reason in part.items() if id not in self.reasons}
+        self.reasons.update(added)
+        if self.ranks.main:
+            rows = [{"id": id, "reason": reason, "step": step} for id, reason in sorted(added.items())]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        allowed = max(1.0, self.share * self.examples)
+        if len(self.reasons) > allowed:
+            named = "".join(f"\n  {_named(id, self.reasons[id])}" for id in sorted(self.reasons)[:NAMED])
+            more = f"\n  ... and {len(self.reasons) - NAMED} more" if len(self.reasons) > NAMED else ""
+            raise DataError(
+                f"{len(self.reasons)} of {self.examples} examples cannot be used (allowed: {allowed:.0f}, "
+                f"max_bad_share = {self.share:g}; all are in {self.path}). Remove them, or raise "
+                f"max_bad_share:{named}{more}"
+            )
+
+
+def _named(id: str, reason: str) -> str:
+    return reason if reason.startswith(id) else f"{id}: {reason}"
