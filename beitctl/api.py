@@ -54,9 +54,10 @@ class Examples(Protocol):
     """An opened source: raw examples by index.
 
     Optional attributes: ``problems`` (list of str: what was left out, and why), ``shards`` (sizes of the runs
-    of examples that lie together on disk, so that training reads only a few runs at a time), ``lengths``
-    ((n,) ints that grow with the length of each text, so that ranks get equal work) and ``parts`` (pairs of
-    a weight and examples: a mixture, each part with its own epochs).
+    of examples that lie together on disk, so that training reads only a few runs at a time), ``window`` (most
+    examples to mix at a time, where more would need more runs than memory holds), ``lengths`` ((n,) ints
+    that grow with the length of each text, so that ranks get equal work) and ``parts`` (pairs of a weight and
+    examples: a mixture, each part with its own epochs).
 
     ``__getitem__`` raises ``DataError`` for an example that cannot be used, which another one replaces, and
     ``ChangedError`` when the data are not any more what was opened, which ends the run.

@@ -11,7 +11,7 @@ from beitctl.problems import field_names, suggest
 from beitctl.toml_places import Keys, dotted
 
 STAGES = "beitctl.stages"
-OWN_TABLES = ("recipe", "summary")
+OWN_TABLES = ("recipe", "summary", "data")
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Any
 import tomlkit
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from beitctl import named_data, registry
 from beitctl import overrides as changes
-from beitctl import registry
 from beitctl.api import GROUP_MARK, Stage
 from beitctl.draft import OWN_TABLES, STAGES, Draft
 from beitctl.errors import PluginError, RecipeError, UserError
@@ -151,6 +151,11 @@ def schema() -> dict[str, Any]:
             "type": "object",
             "description": "What goes into summary.json: '@TABLE:path.to.metric' each.",
         },
+        "data": {
+            "type": "object",
+            "description": "Sources under names; stages refer to them by '@data.NAME'.",
+            "additionalProperties": _any_of_group("beitctl.sources", definitions),
+        },
     }
     for name, found in _schemas(STAGES):
         definitions[f"stage-{name}"] = _hoisted(found, {}, definitions)
@@ -236,6 +241,7 @@ def _checked(draft: Draft) -> tuple[dict[str, StageTable], dict[str, Any], dict[
     except ValidationError as error:
         for inner, message in explain(error, Meta, draft.data.get("recipe", {})):
             draft.problem(("recipe", *inner), message)
+    lost = named_data.resolve(draft)
     found = {
         key: stage for stage in draft.data if stage not in OWN_TABLES for key in _stage_keys(draft, stage)
     }
@@ -244,7 +250,7 @@ def _checked(draft: Draft) -> tuple[dict[str, StageTable], dict[str, Any], dict[
     tables = {}
     for number, key in enumerate(order):
         references = _references(draft, key, known, number)
-        plugin = _validated(draft, key, found[key])
+        plugin = _validated(draft, key, found[key], lost)
         if plugin is not None:
             table = _value(draft.data, key)
             tables[known[number]] = StageTable(known[number], found[key], table, plugin, references)
@@ -278,13 +284,14 @@ def _stage_keys(draft: Draft, stage: str) -> list[Keys]:
     return keys
 
 
-def _validated(draft: Draft, key: Keys, stage: str) -> Stage | None:
+def _validated(draft: Draft, key: Keys, stage: str, lost: set[Keys]) -> Stage | None:
     model, table = registry.get(STAGES, stage), _value(draft.data, key)
     try:
         plugin: Stage = model.model_validate(table)
     except ValidationError as error:
         for keys, message in explain(error, model, table):
-            draft.problem((*key, *keys), message)
+            if not named_data.at_fault((*key, *keys), lost):
+                draft.problem((*key, *keys), message)
         return None
     return plugin
 
@@ -292,7 +299,7 @@ def _validated(draft: Draft, key: Keys, stage: str) -> Stage | None:
 def _references(draft: Draft, key: Keys, known: list[str], number: int) -> tuple[str, ...]:
     """Keys of the tables that a table refers to; they must come before it, the ``number``-th of ``known``."""
     found: dict[str, None] = {}
-    for keys, name in references(_value(draft.data, key), key):
+    for keys, name in named_data.left(references(_value(draft.data, key), key)):
         value = f"@{name}"
         if name in known[:number]:
             found[name] = None
@@ -377,6 +384,8 @@ def _any_of_group(group: str, definitions: dict[str, Any]) -> dict[str, str]:
     if group not in definitions:
         choices: list[Any] = []
         definitions[group] = {"anyOf": choices} if registry.names(group) else {"type": "object"}
+        if group == "beitctl.sources":
+            choices.append({"type": "string", "pattern": r"^@data\."})
         for name, found in _schemas(group):
             found["properties"] = {"kind": {"const": name}} | found.get("properties", {})
             found["required"] = ["kind", *found.get("required", [])]

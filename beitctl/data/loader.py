@@ -40,7 +40,10 @@ class Stream:
     def order(self) -> order.Order:
         """The sequence in which the examples come."""
         mixed = getattr(self.examples, "parts", None) or [(1.0, self.examples)]
-        parts = [order.Part(len(part), tuple(getattr(part, "shards", ())), weight) for weight, part in mixed]
+        parts = [
+            order.Part(len(part), tuple(getattr(part, "shards", ())), weight, getattr(part, "window", 0))
+            for weight, part in mixed
+        ]
         return order.Order(parts, self.name)
 
     def positions(self, step: int, parts: int, part: int, seed: int) -> list[int]:

@@ -21,7 +21,7 @@ BLOCK = 4096
 
 def digest(*parts: int | str | bytes) -> bytes:
     """Hash of a list of values, 16 bytes; no two different lists share an encoding."""
-    state = blake2b(digest_size=16)
+    coded = bytearray()
     for part in parts:
         if isinstance(part, str):
             tag, data = b"s", part.encode()
@@ -29,8 +29,8 @@ def digest(*parts: int | str | bytes) -> bytes:
             tag, data = b"b", part
         else:
             tag, data = b"i", str(index(part)).encode()
-        state.update(tag + len(data).to_bytes(8, "little") + data)
-    return state.digest()
+        coded += tag + len(data).to_bytes(8, "little") + data
+    return blake2b(coded, digest_size=16).digest()
 
 
 def generator(*key: int | str) -> np.random.Generator:
@@ -60,15 +60,17 @@ class Part:
     """Sizes of the runs of examples that lie together; empty: any is read as fast as any other."""
     weight: float = 1.0
     """Share of the sequence, beside the weights of the other parts."""
+    window: int = 0
+    """Most examples of shards to mix with one another, if fewer than ``WINDOW``; 0: ``WINDOW``."""
 
 
 class Order:
     """The endless sequence in which a stream reads its examples: a pure function of seed and position.
 
     Every part goes through its examples once in each of its epochs. Without shards an epoch is a random
-    permutation. With them it is a permutation of the shards, laid end to end and cut into windows of
-    ``WINDOW`` examples, and a permutation of each window: reads stay within a few shards at a time. Of
-    several parts each has its share of every ``BLOCK`` positions, at random places.
+    permutation. With them it is a permutation of the shards, laid end to end and cut into windows of at
+    most ``WINDOW`` examples, and a permutation of each window: reads stay within a few shards at a time.
+    Of several parts each has its share of every ``BLOCK`` positions, at random places.
     """
 
     def __init__(self, parts: Sequence[Part], name: str) -> None:
@@ -85,7 +87,7 @@ class Order:
             if part.count < 1 or (part.shards and sum(part.shards) != part.count):
                 raise ValueError(f"{name}: a part of {part.count} examples in shards of {sum(part.shards)}")
         self.slots = _slots(tuple(part.weight for part in parts))
-        self.shards = [_Shards(part.shards) if part.shards else None for part in parts]
+        self.shards = [_Shards(part.shards, part.window) if part.shards else None for part in parts]
 
     def at(self, position: int, seed: int) -> tuple[int, int]:
         """Epoch of its part, and index, of the example at a position.
@@ -143,7 +145,8 @@ def _mixed(
 class _Shards:
     """The order of examples that lie in shards."""
 
-    def __init__(self, sizes: tuple[int, ...]) -> None:
+    def __init__(self, sizes: tuple[int, ...], window: int) -> None:
+        self.window = min(window, WINDOW) if window else WINDOW
         self.sizes = np.array(sizes, np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.last: tuple[Any, NDArray[np.integer], NDArray[np.int64]] | None = None
@@ -151,9 +154,9 @@ class _Shards:
     def at(self, place: int, seed: int, name: str, epoch: int) -> int:
         """Index of the example at a place of an epoch."""
         order, ends = self._shuffled(seed, name, epoch)
-        number, inner = divmod(place, WINDOW)
-        first = number * WINDOW
-        window = _window(min(WINDOW, int(ends[-1]) - first), seed, name, epoch, number)
+        number, inner = divmod(place, self.window)
+        first = number * self.window
+        window = _window(min(self.window, int(ends[-1]) - first), seed, name, epoch, number)
         spot = first + int(window[inner])
         turn = int(np.searchsorted(ends, spot, side="right"))
         shard = int(order[turn])

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from beitctl.data.images import Crop, Picture, Pictures, centre_crop, random_crop
@@ -238,9 +239,11 @@ def test_a_picture_larger_than_the_cache_drops_nothing():
     assert pictures.open(small) is first
 
 
-def test_a_crop_is_channels_first_and_contiguous():
-    found = cropped(ramp(), Crop(5, 10, 20, 20), 16)
-    assert (found.shape, found.dtype, found.flags.c_contiguous) == ((3, 16, 16), np.uint8, True)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_has_channels_first_and_can_become_a_tensor(flip):
+    found = cropped(ramp(), Crop(5, 10, 20, 20, flip), 16)
+    assert (found.shape, found.dtype) == ((3, 16, 16), np.uint8)
+    assert torch.from_numpy(found).shape == (3, 16, 16)
 
 
 def test_a_crop_shows_its_part_of_the_picture():

@@ -17,7 +17,7 @@ def orders(draw):
         shards = tuple(draw(st.lists(st.integers(0, 40), min_size=1, max_size=8)))
         weight = draw(st.floats(0.05, 20))
         count = sum(shards) or draw(st.integers(1, 200))
-        parts.append(Part(count, shards if sum(shards) else (), weight))
+        parts.append(Part(count, shards if sum(shards) else (), weight, draw(st.integers(0, 20))))
     return Order(parts, draw(st.sampled_from(["image", "pair"])))
 
 
@@ -66,6 +66,12 @@ def test_examples_in_shards_are_read_from_few_shards_at_a_time():
     for first in range(0, 992, 16):
         assert len({order.at(first + offset, 0)[1] // 10 for offset in range(16)}) <= 3
     assert len({order.at(position, 0)[1] // 10 for position in range(1000)}) == 100
+
+
+def test_a_source_may_mix_fewer_examples_at_a_time():
+    order = Order([Part(1000, (10,) * 100, window=5)], "a")
+    for first in range(0, 1000, 5):
+        assert len({order.at(first + offset, 0)[1] // 10 for offset in range(5)}) == 1
 
 
 def test_shards_are_shuffled_anew_in_every_epoch():

@@ -174,7 +174,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file():
         (
             "[finetune.first]",
             "[zzz]",
-            "20:2  zzz: unknown stage; there are broken, finetune, pretrain, recipe, summary",
+            "20:2  zzz: unknown stage; there are broken, finetune, pretrain, recipe, summary, data",
         ),
         (
             "# what it is",

@@ -246,7 +246,7 @@ def test_a_copy_with_a_wrong_set_is_not_written():
 
 
 def test_the_schema_offers_every_stage_that_works():
-    assert list(recipe.schema()["properties"]) == ["recipe", "summary", "finetune", "pretrain"]
+    assert list(recipe.schema()["properties"]) == ["recipe", "summary", "data", "finetune", "pretrain"]
 
 
 def test_every_reference_of_the_schema_leads_somewhere():

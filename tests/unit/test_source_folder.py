@@ -3,7 +3,9 @@ import os
 import pytest
 from source_files import examples, fill, ids, png
 
+from beitctl.data.arrays import Texts
 from beitctl.errors import DataError
+from beitctl_plugins.sources import rows
 from beitctl_plugins.sources.image_folder import ImageFolder
 from beitctl_plugins.sources.pairs import Pairs
 from beitctl_plugins.sources.text import Text
@@ -106,3 +108,95 @@ def test_a_missing_path_is_refused(source, tmp_path):
 def test_a_file_is_no_folder(tmp_path):
     with pytest.raises(DataError, match=r"1.png: a file, but 'path' must be a folder of pictures"):
         ImageFolder(path=fill(tmp_path, "1.png") / "1.png").open()
+
+
+def test_a_link_to_itself_is_left_out_and_counted(tmp_path):
+    fill(tmp_path, "ok.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert ImageFolder(path=tmp_path).open().problems == [
+        "loop.png: cannot be read (Too many levels of symbolic links)"
+    ]
+
+
+def test_links_that_cross_do_not_multiply(tmp_path):
+    for name in "abcdefgh":
+        fill(tmp_path, f"{name}/1.png")
+    for name in "abcdefgh":
+        for other in "abcdefgh":
+            (tmp_path / name / f"to-{other}").symlink_to(tmp_path / other)
+    opened = ImageFolder(path=tmp_path).open()
+    assert len(opened) == 8 + 8
+    assert "h/to-g: link to a folder that another link leads to" in opened.problems
+
+
+def test_a_pipe_is_left_out_and_never_read(tmp_path):
+    fill(tmp_path, "ok.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    opened = ImageFolder(path=tmp_path).open()
+    assert opened.problems == ["pipe.png: neither a file nor a folder"]
+
+
+def test_names_with_newlines_and_unicode_are_read(tmp_path):
+    names = ["a\nb.png", "čeština/ñ.png", "日本 語.png", "\U0001f600.png"]
+    fill(tmp_path, *names)
+    opened = ImageFolder(path=tmp_path).open()
+    assert ids(opened) == sorted(names)
+    assert all(example.image.read_bytes() for example in examples(opened))
+
+
+def test_a_problem_stays_on_one_line(tmp_path):
+    fill(tmp_path, "ok.png")
+    (tmp_path / "a\nb.png").touch()
+    assert ImageFolder(path=tmp_path).open().problems == ["a\\nb.png: empty file"]
+
+
+def test_ignored_files_are_counted_by_ending(tmp_path):
+    fill(tmp_path, "1.png", "2.HEIC", "a/3.heic", "4.svg", "5.pdf", "README", "x.000123", ".DS_Store")
+    assert ImageFolder(path=tmp_path).open().ignored == {
+        ".heic": 2,
+        ".svg": 1,
+        ".pdf": 1,
+        "": 2,
+        "(hidden)": 1,
+    }
+
+
+def test_names_are_not_kept_as_objects(tmp_path):
+    assert isinstance(ImageFolder(path=fill(tmp_path, "1.png")).open().rows, Texts)
+
+
+def test_a_folder_of_pictures_is_guessed(tmp_path):
+    fill(tmp_path, "a/b/1.png", "2.png")
+    assert ImageFolder.guess(tmp_path) == (2, {"path": str(tmp_path)})
+
+
+def test_class_folders_are_guessed(tmp_path):
+    fill(tmp_path, "cat/1.png", "dog/x/2.png")
+    assert ImageFolder.guess(tmp_path) == (3, {"path": str(tmp_path), "labels": "folders"})
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    fill(tmp_path, "train/1.png", "test/2.png")
+    assert ImageFolder.guess(tmp_path) == (2, {"path": str(tmp_path)})
+
+
+def test_a_folder_with_metadata_is_guessed(tmp_path):
+    fill(tmp_path, "1.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a"}')
+    assert ImageFolder.guess(tmp_path) == (5, {"path": str(tmp_path)})
+
+
+def test_folders_without_pictures_and_files_are_not_guessed(tmp_path):
+    assert ImageFolder.guess(tmp_path) is None
+    assert ImageFolder.guess(fill(tmp_path, "1.png") / "1.png") is None
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_search_counts_on_a_terminal_only(tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(rows, "PATIENCE", 0)
+    monkeypatch.setattr(rows, "on_terminal", lambda: terminal)
+    ImageFolder(path=fill(tmp_path, "1.png")).open()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("files in" in err) == terminal

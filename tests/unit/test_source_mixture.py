@@ -48,13 +48,14 @@ def test_a_mixture_keeps_the_shards_and_lengths_of_its_sources():
     def example(row):
         return row
 
-    one = Opened("abcd", example, "x", shards=(3, 1), lengths=[1, 2, 3, 4])
+    one = Opened("abcd", example, "x", shards=(3, 1), lengths=[1, 2, 3, 4], window=50)
     two = Opened("ef", example, "y", lengths=[5, 6])
     from beitctl_plugins.sources.mixture import Mixed
 
     mixed = Mixed([one, two])
     assert mixed.shards == (3, 1, 1, 1)
     assert mixed.lengths.tolist() == [1, 2, 3, 4, 5, 6]
+    assert mixed.window == 50
     assert Mixed([two, two]).shards == ()
 
 

@@ -10,7 +10,7 @@ import torch
 from coding import Noise, Quiet, Tiny, stage, tokenize
 from pretraining import run
 from pydantic import ValidationError
-from small import COLOURS, MODEL, Given, coloured, rng, tools, training
+from small import ALONE, COLOURS, MODEL, Given, coloured, rng, tools, training
 
 from beitctl.api import Example, Item, Job, OnlineCodes
 from beitctl.checkpoints import native
@@ -327,7 +327,7 @@ def test_a_picture_that_has_changed_since_is_refused_before_training(store, tmp_
 def test_pictures_that_no_store_knows_are_left_to_the_loader(store, tmp_path):
     job, source = Job(tmp_path, Quiet()), Noise(count=3, start=20)
     found = shared.open_tokens(job, str(store))
-    stream = pretrain()._stream("image", objective(source=source), source, tools())
+    stream = pretrain()._stream("image", objective(source=source), source, tools(), ALONE, job)
     from_store(store)._check_tokens(found, [stream], job)
     assert not any(example.id in found for example in map(noise_at, (20, 21, 22)))
 

@@ -1,106 +1,251 @@
 """Pictures in a folder."""
 
+import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from beitctl.api import Example, Plugin
+from beitctl.data.arrays import Texts
 from beitctl.errors import DataError
-from beitctl_plugins.sources.opened import Opened, existing, fingerprint
+from beitctl_plugins.sources.metadata import Metadata, found_in
+from beitctl_plugins.sources.opened import Opened, existing
+from beitctl_plugins.sources.rows import Counting, hashed, printable
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+HIDDEN = "(hidden)"
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
+"""Names of folders that are parts of a data set, and no classes."""
+
+
+@dataclass(frozen=True)
+class Folder(Opened):
+    """An opened folder."""
+
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Number of files that were not looked at, by ending in small letters; ``""`` is no ending."""
 
 
 class ImageFolder(Plugin):
     """Pictures in a folder and all folders below it.
 
     An example is named by its path relative to the folder. Links are followed; hidden files are left out.
+    A file ``metadata.csv`` or ``metadata.jsonl`` in the folder, with a column ``file_name``, gives captions
+    and labels; several rows of one picture give it several captions.
     """
 
     path: Path
     """The folder."""
     labels: Literal["none", "folders"] = "none"
     """``folders``: the first folder on the way to a picture is its class, as in ``train/cat/1.jpg``."""
-    extensions: list[str] = Field(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"])
+    extensions: list[str] = Field(list(PICTURES))
     """Endings of the files to read, in any case."""
+    metadata: str = ""
+    """Table of captions and labels, relative to the folder; empty: ``metadata.csv`` or ``metadata.jsonl``."""
+    caption: str = "caption"
+    """Column of it with captions; ``text`` is read in place of ``caption`` where only that is there."""
+    label: str = "label"
+    """Column of it with classes, which count more than folders; a table need not have it."""
 
-    def open(self) -> Opened:
+    @classmethod
+    def guess(cls, path: Path) -> tuple[int, dict[str, Any]] | None:
+        """Folders with pictures; surer of those with class folders or a table of captions."""
+        if not path.is_dir():
+            return None
+        names = _sample(path)
+        if not names:
+            return None
+        if any(os.path.isfile(path / f"metadata.{kind}") for kind in ("csv", "jsonl")):
+            return 5, {"path": str(path)}
+        classes = {name.split("/")[0] for name in names if "/" in name}
+        if len(classes) >= 2 and all("/" in name for name in names) and not classes <= SPLITS:
+            return 3, {"path": str(path), "labels": "folders"}
+        return 2, {"path": str(path)}
+
+    def open(self) -> Folder:
         """List the folder.
 
         Raises:
-            DataError: there is no such folder, or no picture in it.
+            DataError: there is no such folder, no picture in it, or no usable table of captions.
         """
         root = existing(self.path)
         if not root.is_dir():
             raise DataError(f"{root}: a file, but 'path' must be a folder of pictures")
-        found = _Search(root, tuple("." + ending.lower().lstrip(".") for ending in self.extensions))
-        names = sorted(found.pictures(root, ()))
+        search = _Search(str(root), tuple("." + ending.lower().lstrip(".") for ending in self.extensions))
+        table = found_in(root, self.metadata, search.problems)
+        with Counting(f"files in {root}") as counting:
+            pictures = sorted(search.pictures(counting))
         if self.labels == "folders":
-            found.problems += [f"{name}: lies in no class folder" for name in names if "/" not in name]
-            names = [name for name in names if "/" in name]
-        if not names:
-            problems = "".join(f"\n  {line}" for line in found.problems[:5])
+            search.problems += [
+                f"{printable(name)}: lies in no class folder" for name, _ in pictures if "/" not in name
+            ]
+            pictures = [(name, size) for name, size in pictures if "/" in name]
+        if not pictures:
+            problems = "".join(f"\n  {line}" for line in search.problems[:5])
             raise DataError(
-                f"{root}: no picture in it or below ({found.folders} folders searched for files that end in "
-                f"{', '.join(found.endings)}); correct 'path' or 'extensions'{problems}"
+                f"{root}: no picture in it or below ({search.folders} folders searched for files that end in "
+                f"{', '.join(search.endings)}); correct 'path' or 'extensions'{problems}"
             )
-        hashed = fingerprint(((name, root / name) for name in names), self.labels)
-        return Opened(names, self._example, hashed, found.problems)
+        names = Texts.of(name for name, _ in pictures)
+        sizes = np.array([size for _, size in pictures], np.int64)
+        if table is not None and table.parent == root:
+            search.ignored[table.suffix] -= 1
+        return self._opened(root, names, sizes, search, table)
+
+    def _opened(
+        self, root: Path, names: Texts, sizes: NDArray[np.int64], search: "_Search", table: Path | None
+    ) -> Folder:
+        ignored = {ending: count for ending, count in sorted(search.ignored.items()) if count > 0}
+        key = hashed(names, sizes, lambda name: os.path.join(root, name), self.labels)
+        if table is None:
+            return Folder(names, self._example, key, search.problems, ignored=ignored)
+        found = Metadata(table, self.caption, self.label)
+        rows, lengths = found.rows_of(names, search.problems)
+        example = functools.partial(self._described, found)
+        return Folder(
+            rows, example, found.fingerprint(key), search.problems, lengths=lengths, ignored=ignored
+        )
 
     def _example(self, name: str) -> Example:
         label = name.partition("/")[0] if self.labels == "folders" else None
         return Example(name, self.path.expanduser() / name, label=label)
+
+    def _described(self, found: Metadata, row: tuple[str, list[dict[str, Any]]]) -> Example:
+        example = self._example(row[0])
+        captions, label = found.said(row[1])
+        return dataclasses.replace(example, captions=captions, label=label or example.label)
 
 
 @dataclass
 class _Search:
     """A walk through folders, and what it met."""
 
-    root: Path
+    root: str
     endings: tuple[str, ...]
     problems: list[str] = field(default_factory=list)
     folders: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    linked: set[tuple[int, int]] = field(default_factory=set)
+    """Folders that a link led to: each is entered once, or links across would multiply."""
 
-    def pictures(self, folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-        """Relative names of the pictures in a folder, which lies in the folders ``above``."""
+    def pictures(self, counting: Counting) -> Iterator[tuple[str, int]]:
+        """Relative names and sizes of the pictures below the root."""
+        waiting: list[_Step] = [("", False, ())]
+        seen = 0
+        while waiting:
+            folder, link, above = waiting.pop()
+            entries, here = self._entries(folder, link, above)
+            below: list[_Step] = []
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.startswith("."):
+                    self.ignored[HIDDEN] += 1
+                elif _is_folder(entry):
+                    below.append((name, entry.is_symlink(), (*above, here)))
+                elif entry.name.lower().endswith(self.endings):
+                    size = self._size(entry, name)
+                    if size:
+                        yield name, size
+                else:
+                    self.ignored[_ending(entry.name)] += 1
+            waiting += reversed(below)
+            seen += len(entries)
+            counting.at(seen)
+
+    def _entries(
+        self, folder: str, link: bool, above: tuple[tuple[int, int], ...]
+    ) -> tuple[list[os.DirEntry[str]], tuple[int, int]]:
+        """What a folder holds, by name, and which one it is on disk."""
+        path = os.path.join(self.root, folder)
         try:
-            status = folder.stat()
-            with os.scandir(folder) as found:
+            status = os.stat(path)
+            with os.scandir(path) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
-            self._leave_out(folder, f"folder cannot be read ({error.strerror})")
-            return
+            self._leave_out(folder or ".", f"folder cannot be read ({error.strerror})")
+            return [], (0, 0)
         here = (status.st_dev, status.st_ino)
         if here in above:
             self._leave_out(folder, "link to a folder that it lies in")
-            return
+            return [], here
+        if link and here in self.linked:
+            self._leave_out(folder, "link to a folder that another link leads to")
+            return [], here
+        if link:
+            self.linked.add(here)
         self.folders += 1
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = folder / entry.name
-            if entry.is_dir():
-                yield from self.pictures(path, (*above, here))
-            elif entry.name.lower().endswith(self.endings) and self._readable(path):
-                yield path.relative_to(self.root).as_posix()
+        return entries, here
 
-    def _readable(self, path: Path) -> bool:
-        """Whether a file can be expected to hold a picture; if not, it is noted."""
+    def _size(self, entry: os.DirEntry[str], name: str) -> int:
+        """Bytes of a file that can be expected to hold a picture; if it cannot, it is noted, and 0."""
         try:
-            str(path).encode()
-            reason = "" if path.stat().st_size else "empty file"
+            status = entry.stat()
+            reason = "" if status.st_size else "empty file"
+            if not stat.S_ISREG(status.st_mode):
+                reason = "neither a file nor a folder"
+            elif not os.access(entry.path, os.R_OK):
+                reason = "cannot be read (Permission denied)"
+            elif not name.isascii():
+                name.encode()
         except UnicodeEncodeError:
             reason = "name is not UTF-8"
         except OSError as error:
             reason = f"cannot be read ({error.strerror})"
-        if not reason and not os.access(path, os.R_OK):
-            reason = "cannot be read (Permission denied)"
         if reason:
-            self._leave_out(path, reason)
-        return not reason
+            self._leave_out(name, reason)
+            return 0
+        return status.st_size
 
-    def _leave_out(self, path: Path, reason: str) -> None:
-        name = os.fsencode(path.relative_to(self.root)).decode(errors="backslashreplace")
-        self.problems.append(f"{name}: {reason}")
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.problems.append(f"{printable(name)}: {reason}")
+
+
+_Step = tuple[str, bool, tuple[tuple[int, int], ...]]
+"""A folder, whether a link led there, and the folders that it lies in."""
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _ending(name: str) -> str:
+    """Ending of a name if it looks like one: numbers and sentences behind a dot do not."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if ending[1:].isalnum() and not ending[1:].isdigit() and len(ending) <= 10 else ""
+
+
+def _sample(root: Path, folders: int = 40, entries: int = 200) -> list[str]:
+    """Relative names of some pictures, from the upper folders."""
+    waiting, names = [""], []
+    endings = tuple(f".{ending}" for ending in PICTURES)
+    for _ in range(folders):
+        if not waiting:
+            break
+        folder = waiting.pop(0)
+        try:
+            with os.scandir(os.path.join(root, folder)) as found:
+                some = sorted(islice(found, entries), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        for entry in some:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry) and name.count("/") < 4:
+                waiting.append(name)
+            elif entry.name.lower().endswith(endings):
+                names.append(name)
+    return names

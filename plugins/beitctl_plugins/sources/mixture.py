@@ -52,6 +52,7 @@ class Mixed:
         self.problems = [line for part in opened for line in getattr(part, "problems", [])]
         self.shards = () if weights else _shards(opened)
         self.lengths = _lengths(opened)
+        self.window = min((w for part in opened if (w := getattr(part, "window", 0))), default=0)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -74,4 +75,5 @@ def _shards(opened: Sequence[Examples]) -> tuple[int, ...]:
 def _lengths(opened: Sequence[Examples]) -> Any:
     """Lengths of all texts if all sources know theirs."""
     found = [getattr(part, "lengths", None) for part in opened]
-    return None if any(lengths is None for lengths in found) else np.concatenate(found)
+    known = [lengths for lengths in found if lengths is not None]
+    return np.concatenate(known) if len(known) == len(found) else None

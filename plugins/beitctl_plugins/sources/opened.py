@@ -27,6 +27,8 @@ class Opened:
     """Sizes of the runs of rows that lie together on disk; empty: any row is read as fast as any other."""
     lengths: Any = None
     """(n,) ints that grow with the length of each text, or None."""
+    window: int = 0
+    """Most examples to mix with one another, where more would need more shards than memory holds; 0: many."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,27 +1,36 @@
 """Pictures with captions, from a table."""
 
-import csv
-import io
-import json
+import contextlib
+import os
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import Field
 
 from beitctl.api import Example, Plugin
+from beitctl.data.arrays import Texts
 from beitctl.errors import DataError
-from beitctl_plugins.sources.opened import Opened, check_share, existing, fingerprint
+from beitctl_plugins.sources import metadata, rows
+from beitctl_plugins.sources.metadata import Grouped, captions_in
+from beitctl_plugins.sources.opened import Opened, check_share, existing
+from beitctl_plugins.sources.parquet import Parquet
+from beitctl_plugins.sources.rows import Row, Table, UnusableError, encoded, picture_bytes, short
 
-
-class UnusableError(Exception):
-    """One row cannot be used; the text says why."""
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".tsv")
+BATCH = 1024
+"""Rows of a Parquet file that are read at a time."""
 
 
 class Pairs(Plugin):
-    """Pictures with captions, from a .jsonl, .json, .csv or .parquet file.
+    """Pictures with captions, from a .jsonl, .json, .csv, .tsv or .parquet file.
 
     A row holds a picture (a path, or in Parquet the bytes) and a caption or a list of them. Rows with the
     same path become one example with all their captions. Rows that cannot be used are left out and listed.
@@ -41,6 +50,22 @@ class Pairs(Plugin):
     """Keep only rows whose columns hold these values, such as ``{ split = "train" }``."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
     """Largest share of unusable rows to go on with."""
+    check_files: bool = True
+    """Whether every picture is looked for before training; without it a missing one shows when it is read."""
+
+    @classmethod
+    def guess(cls, path: Path) -> tuple[int, dict[str, Any]] | None:
+        """Tables whose first row has a column of pictures and one of captions."""
+        if path.suffix.lower() not in rows.ENDINGS or not path.is_file():
+            return None
+        row = metadata.first_row(path)
+        image = metadata.column(row, metadata.IMAGE_COLUMNS)
+        caption = metadata.column(row, metadata.CAPTION_COLUMNS)
+        if not image or not caption or not isinstance(row[image], str):
+            return None
+        label = metadata.column(row, metadata.LABEL_COLUMNS)
+        found = {"path": str(path), "image": image, "caption": caption} | ({"label": label} if label else {})
+        return 5, found
 
     def open(self) -> Opened:
         """Read the file and look for every picture.
@@ -49,32 +74,90 @@ class Pairs(Plugin):
             DataError: no such file, not readable, nothing usable in it, or too many unusable rows.
         """
         path = existing(self.path)
-        root = Path(self.root).expanduser() if self.root else path.parent
-        examples: dict[str, Example] = {}
-        problems: list[str] = []
-        good = 0
-        for place, row in _rows(path):
-            if isinstance(row, dict) and any(str(row.get(key)) != value for key, value in self.where.items()):
-                continue
-            try:
-                found = self._example(row, place, root)
-            except UnusableError as error:
-                problems.append(f"{path.name}:{place}: {error}")
-                continue
-            good += 1
-            before = examples.get(found.id)
-            captions = (*before.captions, *found.captions) if before else found.captions
-            examples[found.id] = Example(found.id, found.image, captions, label=found.label)
-        if not good and not problems:
+        if path.suffix.lower() not in ENDINGS or not path.is_file():
+            raise DataError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
+        if path.suffix.lower() == ".parquet" and not self._paths_in(path):
+            return self._with_bytes().open()
+        table, found, root = Table(path), _Found(), self._root()
+        with rows.Counting(path.name) as counting:
+            for row in self._rows(table):
+                if isinstance(row.content, dict) and not metadata.chosen(row.content, self.where):
+                    continue
+                try:
+                    self._take(row, found, root)
+                except UnusableError as error:
+                    found.problems.append(f"{path.name}:{row.line}: {error}")
+                if len(found.starts) % 1000 == 0:
+                    counting.at(len(found.starts))
+        if not found.starts and not found.problems:
             wanted = ", ".join(f"{key} = {value!r}" for key, value in self.where.items())
             raise DataError(f"{path}: no row{' with ' if wanted else ''}{wanted}; correct 'path' or 'where'")
-        check_share(path, problems, good, self.max_bad_share)
-        settings = self.model_dump_json(exclude={"path", "root", "max_bad_share"})
-        hashed = fingerprint([(path.name, path), *_files(examples)], settings)
-        return Opened(list(examples.values()), _as_it_is, hashed, problems)
+        check_share(path, found.problems, len(found.starts), self.max_bad_share)
+        return self._opened(table, found)
 
-    def _example(self, row: Any, place: int, root: Path) -> Example:
-        """Example of one row.
+    def _opened(self, table: Table, found: "_Found") -> Opened:
+        first, groups = _grouped(np.frombuffer(bytes(found.keys), "S16"))
+        every = Texts(np.frombuffer(bytes(found.names), np.uint8), np.array(found.name_ends))
+        names = Texts.of(every[place] for place in first)
+        grouped = Grouped(table, names, groups, np.array(found.starts), np.array(found.ends))
+        lengths = np.bincount(groups, np.array(found.caption_bytes)) // np.bincount(
+            groups, np.array(found.caption_counts)
+        )
+        settings = self.model_dump_json(exclude={"path", "root", "max_bad_share", "check_files"})
+        own = Texts.of([table.path.name])
+        hashed = rows.hashed(own, table.files.sizes, lambda _: str(table.path), settings)
+        if self.check_files:
+            root, sizes = self._root(), np.array(found.sizes)[first]
+            hashed = rows.hashed(names, sizes, lambda name: os.path.join(root, name), hashed)
+        return Opened(grouped, self._example, hashed, found.problems, lengths=lengths.astype(np.int64))
+
+    def _root(self) -> str:
+        return str(Path(self.root).expanduser() if self.root else self.path.expanduser().parent)
+
+    def _rows(self, table: Table) -> Iterator[Row]:
+        parquet = table.path.suffix.lower() == ".parquet"
+        return table.keep(self._parquet(table.path)) if parquet else table.rows()
+
+    def _parquet(self, path: Path) -> Iterator[tuple[int, Any]]:
+        """Number and needed columns of every row."""
+        columns = [self.image, self.caption, *([self.label] if self.label else []), *self.where]
+        with _readable(path), pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(BATCH, columns=list(dict.fromkeys(columns)), use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+
+    def _paths_in(self, path: Path) -> bool:
+        """Whether a Parquet file holds paths of pictures, and not pictures."""
+        with _readable(path):
+            schema = pq.read_schema(path)
+        for column in (self.image, self.caption, *([self.label] if self.label else []), *self.where):
+            if column not in schema.names:
+                raise DataError(f"{path}: no column '{column}'; it has {', '.join(schema.names)}")
+        kind = schema.field(self.image).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return bool(
+            pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        )
+
+    def _with_bytes(self) -> Parquet:
+        names = ("path", "image", "caption", "label", "root", "where", "max_bad_share")
+        return Parquet.model_validate({name: getattr(self, name) for name in names})
+
+    def _take(self, row: Row, found: "_Found", root: str) -> None:
+        """Note where a row lies.
+
+        Raises:
+            UnusableError: it cannot be used.
+        """
+        picture, captions, label = self._cells(row.content)
+        encoded(label or "")
+        size = picture_bytes(os.path.join(root, picture)) if self.check_files else 0
+        found.add(row, encoded(picture), size, captions)
+
+    def _cells(self, row: Any) -> tuple[str, tuple[str, ...], str | None]:
+        """Picture, captions and class of a row.
 
         Raises:
             UnusableError: it cannot be used.
@@ -82,96 +165,71 @@ class Pairs(Plugin):
         if isinstance(row, UnusableError):
             raise row
         if not isinstance(row, dict):
-            raise UnusableError(f"expected an object with columns, found {_short(row)}")
+            raise UnusableError(f"expected an object with columns, found {short(row)}")
         for column in (self.image, self.caption, *([self.label] if self.label else [])):
             if row.get(column) is None:
-                has = ", ".join(str(key) for key in row if key is not None)
-                raise UnusableError(f"no '{column}'; the row has {has}")
-        captions = _captions(row[self.caption])
-        label = str(row[self.label]) if self.label else None
+                raise UnusableError(f"no '{column}'; the row has {', '.join(row)}")
+        captions = captions_in(row[self.caption])
         picture = row[self.image]
         if isinstance(picture, dict):  # as Hugging Face datasets write it
-            picture = picture.get("bytes") or picture.get("path")
-        if isinstance(picture, bytes) and picture:
-            return Example(f"row_{place:08d}", picture, captions, label=label)
+            picture = picture.get("path")
         if not isinstance(picture, str):
-            raise UnusableError(f"picture is neither a path nor bytes: {_short(picture)}")
-        try:
-            there = (root / picture).is_file()
-        except (OSError, ValueError):
-            there = False
-        if not there:
-            raise UnusableError(f"no picture {root / picture}")
-        return Example(picture, root / picture, captions, label=label)
+            raise UnusableError(f"picture is neither a path nor bytes: {short(picture)}")
+        return picture, captions, str(row[self.label]) if self.label else None
+
+    def _example(self, found: tuple[str, list[dict[str, Any]]]) -> Example:
+        name, own = found
+        cells = [self._cells(row) for row in own]
+        captions = tuple(caption for _, some, _ in cells for caption in some)
+        return Example(name, Path(self._root(), name), captions, label=cells[-1][2])
 
 
-def _as_it_is(example: Example) -> Example:
-    return example
+def _numbers() -> "array[int]":
+    return array("q")
 
 
-def _files(examples: dict[str, Example]) -> Iterator[tuple[str, Path]]:
-    for id, example in examples.items():
-        if isinstance(example.image, Path):
-            yield id, example.image
+@dataclass
+class _Found:
+    """Where usable rows lie and what they name, without the rows."""
+
+    names: bytearray = field(default_factory=bytearray)
+    name_ends: "array[int]" = field(default_factory=_numbers)
+    keys: bytearray = field(default_factory=bytearray)
+    """Hashes of the names, 16 bytes each."""
+    starts: "array[int]" = field(default_factory=_numbers)
+    ends: "array[int]" = field(default_factory=_numbers)
+    sizes: "array[int]" = field(default_factory=_numbers)
+    """Of the pictures, in bytes."""
+    caption_bytes: "array[int]" = field(default_factory=_numbers)
+    """Of all captions of a row."""
+    caption_counts: "array[int]" = field(default_factory=_numbers)
+    """Number of captions of a row."""
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, row: Row, name: bytes, size: int, captions: tuple[str, ...]) -> None:
+        """Note a row."""
+        self.names += name
+        self.name_ends.append(len(self.names))
+        self.keys += blake2b(name, digest_size=16).digest()
+        self.starts.append(row.start)
+        self.ends.append(row.end)
+        self.sizes.append(size)
+        self.caption_bytes.append(sum(len(caption.encode()) for caption in captions))
+        self.caption_counts.append(len(captions))
 
 
-def _captions(value: Any) -> tuple[str, ...]:
-    """Captions in a cell.
-
-    Raises:
-        UnusableError: it holds no text, or not only text.
-    """
-    found = value if isinstance(value, list) else [value]
-    if not found or not all(isinstance(caption, str) and caption.strip() for caption in found):
-        raise UnusableError(f"caption is not text: {_short(value)}")
-    return tuple(" ".join(caption.split()) for caption in found)
+def _grouped(keys: NDArray[np.bytes_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Equal keys together: first row of each group in order, and the number of the group of every row."""
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[group]
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Place and content of every row; a line that is no JSON is an UnusableError in place of its content."""
-    readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None or not path.is_file():
-        raise DataError(f"{path}: expected a file that ends in {', '.join(readers)}")
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        yield from reader(path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, pa.ArrowException) as error:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read ({error}); replace it or correct 'path'") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                yield number, UnusableError(f"not a JSON object ({error})")
-
-
-def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    rows = json.loads(path.read_bytes())
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of objects, found {_short(rows)}")
-    yield from enumerate(rows, 1)
-
-
-def _csv(path: Path) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
-    for row in reader:
-        yield reader.line_num, row
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    with pq.ParquetFile(path) as file:
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row

@@ -34,6 +34,16 @@ class ObjectiveTable(Plugin):
     """Weight of its loss."""
     held_out: SourceField | None = None
     """Examples to measure on that training does not see."""
+    packed: bool = False
+    """Whether documents are cut between sentences and joined to sequences of the model's ``text_tokens``.
+    Else a document is a sequence, of which a longer one shows a random stretch. Texts are counted once, then
+    read from the cache (``BEITCTL_CACHE``)."""
+
+    @model_validator(mode="after")
+    def _texts_are_packed(self) -> "ObjectiveTable":
+        if self.packed and self.task.layout != "text":
+            raise ValueError(f"packed joins texts; this task reads {self.task.layout}, remove it")
+        return self
 
 
 class Pretrain(Plugin):
@@ -160,7 +170,10 @@ class Pretrain(Plugin):
         tools = Tools(self.model, tokenizer, tokens, labels, pictures=shared.pictures(), online=sizes)
         for name, table in self.objectives.items():
             shared.check_share(name, table.task, table.samples, self.train.micro_samples, ranks)
-        streams = [self._stream(name, table, table.source, tools) for name, table in self.objectives.items()]
+        streams = [
+            self._stream(name, table, table.source, tools, ranks, job)
+            for name, table in self.objectives.items()
+        ]
         self._check_tokens(tokens, streams, job)
         config, seed, known = self.model, self.train.seed, self._start(job)
 
@@ -251,10 +264,16 @@ class Pretrain(Plugin):
         return [Objective(name, table.task, table.weight) for name, table in self.objectives.items()]
 
     @staticmethod
-    def _stream(name: str, table: ObjectiveTable, source: Any, tools: Tools) -> "Stream":
+    def _stream(
+        name: str, table: ObjectiveTable, source: Any, tools: Tools, ranks: "Ranks", job: Job
+    ) -> "Stream":
         from beitctl.data.loader import Stream
+        from beitctl_plugins.stages import shared
 
-        return Stream(name, table.task, source.open(), table.samples, tools)
+        examples = source.open()
+        if table.packed:
+            examples = shared.packed(examples, tools, ranks, job)
+        return Stream(name, table.task, examples, table.samples, tools)
 
     def _measure(
         self, learner: "MultiwayLearner", tools: Tools, data: "StepData", ranks: "Ranks", job: Job,
@@ -267,7 +286,7 @@ class Pretrain(Plugin):
 
         fixed = replace(tools, train=False)
         held = {
-            name: self._stream(name, table, table.held_out or table.source, fixed)
+            name: self._stream(name, table, table.held_out or table.source, fixed, ranks, job)
             for name, table in self.objectives.items()
         }
         items = {

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beitctl.api import Example, Job, Tools
+from beitctl.api import Example, Examples, Job, Tools
 from beitctl.checkpoints.native import load_tokenizer, save_model
 from beitctl.config import ModelConfig, TrainConfig
 from beitctl.data.images import Pictures
 from beitctl.data.loader import Place, StepData, Stream, batches, prepared
+from beitctl.data.packing import Packed
 from beitctl.data.store import TokenStore
 from beitctl.engine.dist import Ranks
 from beitctl.engine.learner import MultiwayLearner, Objective
@@ -45,6 +46,20 @@ def open_tokens(job: Job, value: str) -> TokenStore | None:
 def pictures() -> Pictures:
     """A decoder with a cache."""
     return Pictures(cache_mib=CACHE_MIB)
+
+
+def packed(documents: Examples, tools: Tools, ranks: Ranks, job: Job) -> Packed:
+    """Documents as sequences that fill the model's longest text.
+
+    Raises:
+        UserError: there is no text tokenizer.
+    """
+    if tools.tokenizer is None:
+        raise UserError('packed: set text_tokenizer, for example to "@train-tokenizer.text"')
+    room = tools.model.text_tokens - 2
+    found = Packed(documents, tools.tokenizer, room, rank=ranks.rank, world=ranks.world, told=job.log.note)
+    job.log.note(f"{len(documents):,} documents packed into {len(found):,} sequences of up to {room} ids")
+    return found
 
 
 def build(

@@ -202,7 +202,7 @@ def ahead(
 ) -> Generator[R, None, None]:
     """Results of a function in order, up to ``most`` of them made by threads before they are asked for."""
     waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(threads, "views")
+    pool = ThreadPoolExecutor(threads, "views", torch.set_num_threads, (1,))  # in each of them alone
     try:
         for item in items:
             waiting.append(pool.submit(function, item))

@@ -117,9 +117,10 @@ class MaskedText(Plugin):
 
     def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
         tokenizer = loaded(tools)
-        if not example.text:
+        if example.token_ids is None and not example.text:
             raise DataError(f"{example.id}: no text")
-        ids = framed(window(tokenizer.encode(example.text), tools.model.text_tokens - 2, draw), tokenizer)
+        known = tokenizer.encode(example.text or "") if example.token_ids is None else example.token_ids
+        ids = framed(window(known, tools.model.text_tokens - 2, draw), tokenizer)
         masked, targets = _hidden(ids, self.mask_ratio, self.whole_words, draw, tokenizer)
         return Item(text=masked, text_targets=targets)
 
