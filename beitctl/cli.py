@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from beitctl import catalog, failures, launch, registry
+from beitctl import catalog, datacommand, failures, launch, registry
 from beitctl.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Terminal:
     @property
     def json(self) -> bool:
         """Whether a command that runs stages was asked for records on stdout."""
-        others = {"recipes", "plugins", "doctor"}
+        others = {"recipes", "plugins", "doctor", "data"}
         words = [word for word in self.arguments if not word.startswith("-")]
         return "--json" in self.arguments and not others & set(words[:1])
 
@@ -82,6 +82,7 @@ app = typer.Typer(
 )
 app.add_typer(catalog.recipes, name="recipes")
 app.add_typer(catalog.plugins, name="plugins")
+app.add_typer(datacommand.data, name="data")
 app.command("doctor")(catalog.check_environment)
 
 RecipeOption = Annotated[

@@ -1,0 +1,66 @@
+"""Work on many examples by several threads, with results in order and little in memory; and the bar."""
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from beitctl.report.progress import on_terminal
+
+CHUNK = 16
+"""Examples that a thread takes at a time."""
+
+Result = TypeVar("Result")
+
+
+def in_order(
+    function: Callable[[int], Result], indices: Sequence[int], workers: int
+) -> Generator[Result, None, None]:
+    """Results of a function for each index, in their order, computed by threads a little ahead.
+
+    Close it (``contextlib.closing``) when leaving early: the threads then stop after what they are at.
+    """
+    stop = threading.Event()
+    waiting: deque[Future[list[Result]]] = deque()
+
+    def chunk(some: Sequence[int]) -> list[Result]:
+        return [function(int(index)) for index in some if not stop.is_set()]
+
+    # Pillow's decoders warn, and each thread would change the filters of all of them in its own order
+    with warnings.catch_warnings(action="ignore"):
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="beitctl-data")
+        try:
+            for first in range(0, len(indices), CHUNK):
+                waiting.append(pool.submit(chunk, indices[first : first + CHUNK]))
+                if len(waiting) > 2 * workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def bar(title: str, total: int, *, quiet: bool = False, done: int = 0) -> Iterator[Callable[[], None]]:
+    """A bar on stderr if that is a terminal; yields what moves it on by one."""
+    if quiet or not on_terminal():
+        yield lambda: None
+        return
+    # rich takes longer to import than the rest of the command line, and many runs have no terminal
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total, completed=done)
+        yield lambda: progress.advance(task)
