@@ -19,6 +19,7 @@ GIB = 2**30
 VARIABLES = {
     "BEITCTL_RUNS": "folder of all runs (default: ./runs)",
     "BEITCTL_RECIPES": "folders that are searched for recipes",
+    "BEITCTL_CACHE": "folder of what can be computed again, such as indices (default: the user's cache)",
     "BEITCTL_DEBUG": "1 shows the traceback of every error",
 }
 

@@ -3,20 +3,18 @@
 import hashlib
 import io
 import json
-import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
-from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from beitctl.data.tar_keys import key
+
 GROUP_BYTES = 16 * 2**20
 """A row group of Parquet holds at most this much, so that one example is read without much else."""
-PART_BYTES, KEY_BYTES = 200, 800
-"""Longest part of a key between slashes, and longest key, that file systems and tar readers take."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -174,17 +172,3 @@ def _members(ready: Ready) -> Iterator[tuple[str, bytes]]:
         yield "cls", ready.label.encode()
     row = {"id": ready.id, "captions": list(ready.captions), "label": ready.label, "text": ready.text}
     yield "json", json.dumps(row, ensure_ascii=False).encode()
-
-
-def key(id: str) -> str:
-    """Name of an example's members in a tar, up to their first dot; each id has its own.
-
-    What cannot stand in such a name is percent-encoded: dots, spaces, control characters, whatever is not
-    ASCII, and slashes that have no name before or after them. An id that becomes too long is replaced by its
-    hash. ``urllib.parse.unquote`` turns the others back.
-    """
-    name = quote(id, safe="/").replace(".", "%2E")
-    name = re.sub(r"^/|/$|/(?=/)", "%2F", name) or "%"
-    if len(name) > KEY_BYTES or max(map(len, name.split("/"))) > PART_BYTES:
-        return "%h" + hashlib.blake2b(id.encode(), digest_size=16).hexdigest()
-    return name

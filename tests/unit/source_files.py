@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,4 +46,14 @@ def table(folder, rows, kind="jsonl"):
         path.write_text(json.dumps(rows))
     else:
         pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def tar(path, members, form=tarfile.GNU_FORMAT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as opened:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            opened.addfile(info, io.BytesIO(data))
     return path

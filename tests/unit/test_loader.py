@@ -1,17 +1,18 @@
 """Steps to batches: which samples, whatever the ranks and passes; substitutes for what cannot be read."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies
 
 from beitctl.api import Example, Item, Tools
 from beitctl.config import ModelConfig
 from beitctl.data.loader import Place, StepData, Stream, drawn, prepared
-from beitctl.errors import DataError
+from beitctl.data.workers import steps
+from beitctl.errors import ChangedError, DataError
 
 MODEL = ModelConfig(
     layers=2, width=8, heads=2, ffn=8, image_px=8, patch_px=4, vocabulary=50, text_tokens=8, drop_path=0.2
@@ -79,7 +80,12 @@ def tokens_of(batches):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 5), st.integers(0, 4), st.integers(0, 20), st.integers(0, 3))
+@given(
+    strategies.integers(1, 5),
+    strategies.integers(0, 4),
+    strategies.integers(0, 20),
+    strategies.integers(0, 3),
+)
 def test_a_step_holds_the_same_samples_on_any_ranks_and_passes(world, micro, step, seed):
     whole = StepData(streams(), MODEL, seed, Place())[step]
     parts = [
@@ -88,6 +94,146 @@ def test_a_step_holds_the_same_samples_on_any_ranks_and_passes(world, micro, ste
         for batch in StepData(streams(), MODEL, seed, Place(rank, world, micro))[step]
     ]
     assert tokens_of(parts) == tokens_of(whole)
+
+
+@dataclass
+class Sharded(Numbers):
+    """Numbers in shards whose texts have known lengths."""
+
+    shards: tuple = ()
+    window: int = 0
+    lengths: tuple = ()
+
+
+@dataclass
+class Mixture:
+    """Several sources as one, each with its own epochs."""
+
+    parts: list
+    fingerprint: str = "x"
+
+    def __len__(self):
+        return sum(len(part) for _, part in self.parts)
+
+    def __getitem__(self, index):
+        for number, (_, part) in enumerate(self.parts):
+            if index < len(part):
+                return Example(f"{number}.{index}")
+            index -= len(part)
+        raise IndexError
+
+
+@strategies.composite
+def sources(draw):
+    """Any source: plain, in shards, with lengths, or a mixture."""
+
+    def one():
+        shards = draw(strategies.lists(strategies.integers(1, 9), min_size=1, max_size=6))
+        count = sum(shards)
+        lengths = tuple(draw(strategies.integers(0, 50)) for _ in range(count))
+        kind = draw(strategies.sampled_from(["plain", "shards", "lengths"]))
+        if kind == "plain":
+            return Numbers(count)
+        window = draw(strategies.integers(0, 7))
+        return Sharded(count, (), "x", tuple(shards), window, lengths if kind == "lengths" else None)
+
+    if draw(strategies.booleans()):
+        return one()
+    return Mixture([(draw(strategies.floats(0.1, 9)), one()) for _ in range(draw(strategies.integers(1, 3)))])
+
+
+def of_step(streams, seed, world, step, micro=0):
+    """Samples of a step, rank by rank."""
+    return [
+        [
+            sample
+            for batch in StepData(streams, MODEL, seed, Place(rank, world, micro))[step]
+            for sample in batch.samples
+        ]
+        for rank in range(world)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=sources(),
+    pair=sources(),
+    samples=strategies.integers(1, 40),
+    seed=strategies.integers(0, 2**31),
+    micro=strategies.integers(0, 4),
+    worlds=strategies.lists(strategies.integers(1, 16), min_size=1, max_size=4),
+    first=strategies.integers(0, 200),
+)
+def test_any_source_gives_the_same_steps_however_often_the_ranks_change(
+    text, pair, samples, seed, micro, worlds, first
+):
+    def made():
+        return [
+            Stream("text", Words(), text, samples, Tools(MODEL)),
+            Stream("pair", Both(), pair, max(1, samples // 2), Tools(MODEL)),
+        ]
+
+    for step, world in enumerate(worlds, first):  # each step on other ranks, in a process that knows nothing
+        ranks = of_step(made(), seed, world, step, micro)
+        (whole,) = of_step(made(), seed, 1, step)
+        assert sorted(sample for rank in ranks for sample in rank) == sorted(whole)
+        passes = StepData(made(), MODEL, seed, Place(0, world, micro)).passes
+        assert max(map(len, ranks)) - min(map(len, ranks)) <= 2 * passes  # one of each stream in each pass
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    source=sources(),
+    samples=strategies.integers(1, 20),
+    seed=strategies.integers(0, 99),
+    world=strategies.integers(1, 16),
+)
+def test_any_source_gives_every_example_once_an_epoch(source, samples, seed, world):
+    stream = Stream("text", Words(), source, samples, Tools(MODEL))
+    if isinstance(source, Mixture):
+        source = source.parts[0][1] if len(source.parts) == 1 else None
+    if source is None:  # each part has its own epochs: tests of the order look at those
+        return
+    seen = [
+        sample
+        for step in range(-(-2 * len(source) // samples))
+        for rank in of_step([stream], seed, world, step)
+        for sample in rank
+    ]
+    counts = Counter(seen)
+    assert len(counts) == len(source)
+    assert max(counts.values()) - min(counts.values()) <= 1 or len(seen) > 2 * len(source)
+
+
+@settings(max_examples=4, deadline=None)
+@given(source=sources(), start=strategies.integers(0, 9), count=strategies.sampled_from([1, 2, 3]))
+def test_workers_and_where_a_run_is_taken_up_change_nothing(source, start, count):
+    data = StepData([Stream("text", Words(), source, 4, Tools(MODEL))], MODEL, 0, Place())
+    loaded = list(steps(data, start, start + 5, count, lambda worker: None))
+    assert [batch.samples for (batch,) in loaded] == [
+        data[step][0].samples for step in range(start, start + 5)
+    ]
+
+
+def test_a_text_of_known_length_goes_to_the_rank_with_the_least_work():
+    lengths = tuple(int(n) for n in np.random.default_rng(0).integers(1, 60, 64))
+    stream = Stream("text", Words(), Sharded(64, (), "x", (), 0, lengths), 64, Tools(MODEL))
+    work = [
+        sum(lengths[int(sample.partition("/")[2])] for sample in rank) for rank in of_step([stream], 0, 4, 0)
+    ]
+    assert max(work) - min(work) < max(lengths)
+
+
+def test_data_that_changed_end_the_job_at_once():
+    class Gone(Numbers):
+        def __getitem__(self, index):
+            raise ChangedError("x.tar: removed")
+
+    stream = Stream("text", Words(), Gone(4), 1, Tools(MODEL))
+    with pytest.raises(ChangedError, match=r"x\.tar: removed"):
+        drawn(stream, 0, 0)
+    with pytest.raises(ChangedError, match=r"x\.tar: removed"):
+        next(prepared(stream, 0))
 
 
 def test_every_rank_makes_the_same_number_of_passes():

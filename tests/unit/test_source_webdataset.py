@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import sys
@@ -7,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from source_files import examples, ids, png
+from source_files import examples, ids, png, tar
 
 from beitctl.errors import ChangedError, DataError
 from beitctl_plugins.sources import tar_index
@@ -25,16 +24,6 @@ def eager_threads():
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
-
-
-def tar(path, members, form=tarfile.GNU_FORMAT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=form) as opened:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            opened.addfile(info, io.BytesIO(data))
-    return path
 
 
 def sample(key, caption="a cat", colour=(9, 9, 9)):
@@ -265,6 +254,8 @@ def test_a_removed_tar_ends_the_run(tmp_path):
             r"1: caption is longer than 1 MB",
         ),
         (("1.json", b"[1]"), {"caption": "json:a"}, r"a.tar:1.json: expected an object, found \[1\]"),
+        (("1.json", b"{"), {}, r"a.tar:1.json: not JSON"),
+        (("1.json", b'{"captions": ["a", " "]}'), {}, r"a.tar:1: caption is not text: \['a', ' '\]"),
         (("1.json", b'{"a": null}'), {"caption": "json:a"}, r"1.json: 'a': expected text, found None"),
     ],
 )

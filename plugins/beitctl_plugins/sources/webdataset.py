@@ -1,5 +1,6 @@
 """Samples in tar files."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from beitctl.api import Example, Plugin
+from beitctl.data import tar_keys
 from beitctl.errors import DataError
 from beitctl_plugins.sources import tar_index
 from beitctl_plugins.sources.metadata import CAPTION_BYTES, captions_in
@@ -38,14 +40,16 @@ class WebDataset(Plugin):
     ever extracted. The tars are indexed at first use, which reads only their headers, and the index is kept
     in the cache folder.
 
-    An example is named by its key, or by tar and key where several tars use the same keys.
+    An example is named by its key, or by the ``id`` in its .json where ``beitctl data pack`` made the key of
+    that; by tar and key where several tars use the same keys.
     """
 
     path: Path
     """A .tar file, a folder of them, a pattern with ``*``, or one such as ``data/{00000..00041}.tar``."""
     caption: str = ""
     """Member with the caption: ``txt``, or ``json:title`` for a key of the .json member. Samples without are
-    unusable then. Empty: ``txt``, else ``json:caption``, else none."""
+    unusable then. Empty: every text of the list ``captions`` in the .json member; without that and ``text``
+    also ``txt``, else ``json:caption``; else none."""
     label: str = ""
     """Member with the class: ``cls``, or ``json:key`` for a key of the .json member; empty: there is none."""
     text: str = ""
@@ -218,10 +222,11 @@ class _Reader:
         self.files.unchanged(number)
         picture = next((sample.parts[kind] for kind in PICTURES if kind in sample.parts), None)
         source = self.source
+        name = sample.name(key)
         return Example(
-            f"{tar.name}/{key}" if self.members.repeated else key,
+            f"{tar.name}/{name}" if self.members.repeated else name,
             sample.read(*picture) if picture else None,
-            () if source.text and not source.caption else sample.captions(source.caption),
+            sample.captions(source.caption, prose=bool(source.text)),
             sample.words(source.text).strip() if source.text else None,
             " ".join(sample.words(source.label).split()) if source.label else None,
         )
@@ -244,21 +249,38 @@ class _Sample:
         return self.reader.files.read(self.tar, offset, offset + size)
 
     @functools.cached_property
-    def json(self) -> dict[str, Any]:
-        """Content of the .json member."""
+    def json(self) -> Any:
+        """Content of the .json member; None where there is none, or an empty one."""
+        if not self.parts.get("json", (0, 0))[1]:
+            return None
         try:
-            found = json.loads(self.read(*self.parts["json"]))
+            return json.loads(self.read(*self.parts["json"]))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.where}.json: not JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise DataError(f"{self.where}.json: expected an object, found {str(found)[:60]}")
-        return found
+
+    def cell(self, key: str) -> Any:
+        """A value in the .json member; None where there is none."""
+        return self.json.get(key) if isinstance(self.json, dict) else None
+
+    def name(self, key: str) -> str:
+        """The id that the key stands for, as ``beitctl data pack`` writes it, or the key itself.
+
+        Other ids could occur twice, which only reading every .json would tell.
+        """
+        if "%" in key and self.parts.get("json", (0, 0))[1] <= MOST_TEXT_BYTES:
+            found = self.cell("id")
+            with contextlib.suppress(UnicodeEncodeError):  # half a character, as JSON allows
+                if isinstance(found, str) and tar_keys.key(found) == key:
+                    return found
+        return key
 
     def words(self, setting: str) -> str:
         """Text of a member or of a key in the .json member, not blank."""
         if setting.startswith(JSON):
+            if not isinstance(self.json, dict):
+                raise DataError(f"{self.where}.json: expected an object, found {str(self.json)[:60]}")
             name = f"{self.where}.json: '{setting.removeprefix(JSON)}'"
-            value = self.json.get(setting.removeprefix(JSON))
+            value = self.cell(setting.removeprefix(JSON))
             found = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
             if not isinstance(found, str):
                 raise DataError(f"{name}: expected text, found {str(value)[:60]}")
@@ -272,16 +294,16 @@ class _Sample:
             raise DataError(f"{name}: blank")
         return found
 
-    def captions(self, setting: str) -> tuple[str, ...]:
-        """The caption of a setting, or of the usual places."""
-        if not setting:
-            if self.parts.get("txt", (0, 0))[1]:
-                setting = "txt"
-            elif "json" in self.parts and self.json.get("caption"):
-                setting = "json:caption"
-            else:
-                return ()
+    def captions(self, setting: str, prose: bool) -> tuple[str, ...]:
+        """The caption of a setting, or of the usual places; beside prose only the list in the .json."""
         try:
-            return captions_in(self.words(setting))
+            if setting:
+                return captions_in(self.words(setting))
+            several = self.cell("captions")
+            if isinstance(several, list) and several and all(isinstance(text, str) for text in several):
+                return captions_in(several)
+            if self.parts.get("txt", (0, 0))[1] and not prose:
+                return captions_in(self.words("txt"))
+            return captions_in(self.words("json:caption")) if self.cell("caption") and not prose else ()
         except UnusableError as error:
             raise DataError(f"{self.where}: {error}") from error
