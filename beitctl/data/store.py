@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, Self
@@ -21,51 +21,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from beitctl.data.arrays import Arrays, Texts
 from beitctl.data.images import Crop
-from beitctl.errors import CapacityError, DataError, UserError
-
-FORMAT = 2
-"""2: shards carry the fingerprint of every picture, and ``store.json`` all that decides what a view shows."""
-NAME = "store.json"
-PIXELS = {"decoding": 1, "interpolation": "bicubic"}
-"""How pixels come from the bytes of a picture; ``decoding`` counts the changes of ``beitctl.data.images``
-that alter them."""
-META = (
-    "tokenizer",
-    "codes",
-    "grid",
-    "image_px",
-    "views",
-    "source",
-    "crop_scale",
-    "jitter",
-    "seed",
-    "precision",
-    "batch",
+from beitctl.data.store_format import (
+    AGAIN,
+    CROP,
+    FORMAT,
+    META,
+    MOST_CODES,
+    NAME,
+    PIXELS,
+    Row,
+    arrays_of,
+    hash_of,
+    shard_name,
+    table_of,
 )
-"""What a store must say about itself: fingerprint of the tokenizer, number of codes, codes along one side of
-a view, side in pixels of the picture that the tokenizer read, views a picture, fingerprint of the source, how
-views were drawn, the type that the tokenizer computed in, and views that it read at once."""
-CROP = tuple(field.name for field in fields(Crop))
-TYPES: dict[Any, pa.DataType] = {int: pa.int32(), bool: pa.bool_(), float: pa.float64()}
-AGAIN = "run tokenize-images again"
-MOST_CODES = 2**16
+from beitctl.errors import CapacityError, DataError, UserError
 
 
 def picture_hash(data: bytes) -> bytes:
     """Fingerprint of an encoded picture: blake2b, 16 bytes."""
     return blake2b(data, digest_size=16).digest()
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a store says about one picture besides its codes."""
-
-    id: str
-    picture: bytes
-    """Its ``picture_hash``."""
-    crops: Sequence[Crop]
-    """K of them."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +109,7 @@ class TokenStoreWriter:
         for number in range(count):
             shard = self._shard(number)
             if shard is None:
-                raise DataError(f"{self.folder / _shard_name(number)}: missing or damaged; {AGAIN}")
+                raise DataError(f"{self.folder / shard_name(number)}: missing or damaged; {AGAIN}")
             found.append(shard)
         return found
 
@@ -161,9 +138,9 @@ class TokenStoreWriter:
             raise ValueError(f"code {int(codes.max())} in a codebook of {self.meta['codes']}")
         head = {"beitctl": json.dumps({"meta": self.meta, "skipped": list(skipped)})}
         buffer = pa.BufferOutputStream()
-        table = _table(rows, codes).replace_schema_metadata(head)
+        table = table_of(rows, codes).replace_schema_metadata(head)
         pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        write_whole(self.folder / _shard_name(number), buffer.getvalue().to_pybytes())
+        write_whole(self.folder / shard_name(number), buffer.getvalue().to_pybytes())
 
     def finish(self, shards: Sequence[Shard], made: Mapping[str, Any] | None = None) -> Path:
         """Write ``store.json``, which makes the store complete; gives its path.
@@ -181,7 +158,7 @@ class TokenStoreWriter:
             twice = Counter(ids).most_common(1)[0][0]
             raise DataError(f"{self.folder}: '{twice}' is in it twice; ids of a source must be unique")
         listed = {
-            _shard_name(number): {"rows": len(shard.ids), "bytes": shard.bytes, "sha256": shard.sha256}
+            shard_name(number): {"rows": len(shard.ids), "bytes": shard.bytes, "sha256": shard.sha256}
             for number, shard in enumerate(shards)
         }
         record = {**self.meta, "made": dict(made or {}), "pictures": len(ids)}
@@ -191,7 +168,7 @@ class TokenStoreWriter:
 
     def _shard(self, number: int) -> Shard | None:
         """A shard, or None if it is missing or damaged."""
-        path = self.folder / _shard_name(number)
+        path = self.folder / shard_name(number)
         try:
             data = path.read_bytes()
             table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
@@ -209,9 +186,9 @@ class TokenStoreWriter:
 
 
 class TokenStore:
-    """A complete token store, in memory."""
+    """A complete token store: in memory if it is small, else memory-mapped from the cache."""
 
-    def __init__(self, folder: Path, record: Mapping[str, Any], tables: Sequence[pa.Table]) -> None:
+    def __init__(self, folder: Path, record: Mapping[str, Any], arrays: Arrays) -> None:
         self.folder = folder
         self.tokenizer: str = record["tokenizer"]
         self.source: str = record["source"]
@@ -227,13 +204,10 @@ class TokenStore:
         self.skipped: list[str] = record["skipped"]
         self.sizes: list[int] = [entry["rows"] for entry in record["shards"].values()]
         """Pictures of every shard."""
-        table = pa.concat_tables(tables)
-        self.ids: list[str] = table.column("id").to_pylist()[:: self.views]
-        self._place = {id: place for place, id in enumerate(self.ids)}
-        self._pictures = table.column("picture").take(np.arange(len(self.ids)) * self.views).to_pylist()
-        self._crops = [table.column(name).to_numpy() for name in CROP]
-        flat = [chunk.flatten().to_numpy() for chunk in table.column("codes").chunks]
-        self._codes = np.concatenate(flat).reshape(len(self.ids), self.views, self.grid**2)
+        self.ids = Texts(arrays["ids"], arrays["ends"])
+        self._hashes, self._places = arrays["hashes"], arrays["places"]
+        self._pictures, self._codes = arrays["pictures"], arrays["codes"]
+        self._crops = [arrays[name] for name in CROP]
 
     @classmethod
     def open(cls, folder: Path, *, expect: Mapping[str, Any] | None = None) -> Self:
@@ -269,11 +243,10 @@ class TokenStore:
             raise DataError(f"{folder / NAME}: does not say {', '.join(missing)}; {AGAIN}")
         if not record["pictures"]:
             raise DataError(f"{folder}: the token store holds no picture; check the source, then {AGAIN}")
-        shards = record["shards"].items()
-        return cls(folder, record, [_read_shard(folder / name, entry) for name, entry in shards])
+        return cls(folder, record, arrays_of(folder, record))
 
     def __contains__(self, id: str) -> bool:
-        return id in self._place
+        return self._find(id) is not None
 
     def view(self, id: str, number: int) -> tuple[Crop, NDArray[np.int64]]:
         """Crop and codes (N,) of one view of a picture.
@@ -294,8 +267,7 @@ class TokenStore:
         Raises:
             DataError: there is no such picture in the store.
         """
-        found: bytes = self._pictures[self._row(id)]
-        return found
+        return bytes(self._pictures[self._row(id)])
 
     def usage(self) -> NDArray[np.int64]:
         """How often each code stands in the store, (codes,)."""
@@ -305,9 +277,20 @@ class TokenStore:
         return counts
 
     def _row(self, id: str) -> int:
-        if id not in self._place:
+        found = self._find(id)
+        if found is None:
             raise DataError(f"{self.folder}: no codes of picture '{id}'; {AGAIN} on the source of this run")
-        return self._place[id]
+        return found
+
+    def _find(self, id: str) -> int | None:
+        """Row of a picture, by the hash of its id."""
+        wanted = hash_of(id)
+        place = int(np.searchsorted(self._hashes, wanted))
+        while place < len(self._hashes) and self._hashes[place] == wanted:
+            if self.ids[row := int(self._places[place])] == id:
+                return row
+            place += 1
+        return None
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -333,10 +316,6 @@ def write_whole(path: Path, data: bytes) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def _shard_name(number: int) -> str:
-    return f"tokens-{number:05d}.parquet"
-
-
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     keys = [*now, *(key for key in then if key not in now)]
     return ", ".join(
@@ -344,32 +323,3 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for key in keys
         if then.get(key) != now.get(key)
     )
-
-
-def _table(rows: Sequence[Row], codes: NDArray[np.uint16]) -> pa.Table:
-    """One row a view: id, number of the view, hash of the picture, its crop and its codes."""
-    _, views, length = codes.shape
-    flat = [asdict(crop) for row in rows for crop in row.crops]
-    columns = {
-        "id": pa.array([row.id for row in rows for _ in range(views)], pa.string()),
-        "view": pa.array(np.tile(np.arange(views, dtype=np.int32), len(rows))),
-        "picture": pa.array([row.picture for row in rows for _ in range(views)], pa.binary(16)),
-    }
-    for field in fields(Crop):
-        columns[field.name] = pa.array([crop[field.name] for crop in flat], TYPES[field.type])
-    values = pa.array(np.ascontiguousarray(codes, dtype=np.uint16).reshape(-1))
-    columns["codes"] = pa.FixedSizeListArray.from_arrays(values, length)
-    return pa.table(columns)
-
-
-def _read_shard(path: Path, entry: Mapping[str, Any]) -> pa.Table:
-    """A shard, once size and checksum are those of ``store.json``."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
-    if len(data) != entry["bytes"]:
-        raise DataError(f"{path}: has {len(data)} bytes, but {NAME} says {entry['bytes']}; {AGAIN}")
-    if sha256(data).hexdigest() != entry["sha256"]:
-        raise DataError(f"{path}: its checksum is not the one in {NAME}, so it is damaged; {AGAIN}")
-    return pq.read_table(pa.BufferReader(data))

@@ -7,9 +7,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from beitctl.data import arrays, store_format
 from beitctl.data.images import Crop, random_crop
 from beitctl.data.order import generator
-from beitctl.data.store import PIXELS, Row, TokenStore, TokenStoreWriter, picture_hash
+from beitctl.data.store import TokenStore, TokenStoreWriter, picture_hash
+from beitctl.data.store_format import PIXELS, Row
 from beitctl.errors import CapacityError, DataError, UserError
 
 META = {
@@ -67,7 +69,7 @@ def test_codes_are_int64_and_crops_plain_numbers(store):
 def test_the_store_says_what_made_it(store):
     opened = TokenStore.open(store)
     assert {key: getattr(opened, key) for key in META} == META
-    assert opened.ids == [row.id for row in shard(0)[0] + shard(1)[0]]
+    assert list(opened.ids) == [row.id for row in shard(0)[0] + shard(1)[0]]
 
 
 def test_the_fingerprint_of_every_picture_comes_back(store):
@@ -75,6 +77,45 @@ def test_the_fingerprint_of_every_picture_comes_back(store):
     assert {id: opened.picture(id) for id in opened.ids} == {
         id: picture_hash(id.encode()) for id in opened.ids
     }
+
+
+@pytest.fixture
+def large(store, monkeypatch, tmp_path):
+    """A store that is too large to be read into memory."""
+    monkeypatch.setattr(store_format, "SMALL_BYTES", 0)
+    monkeypatch.setenv("BEITCTL_CACHE", str(tmp_path / "cache"))
+    return store
+
+
+def test_a_large_store_is_memory_mapped_and_holds_the_same(large, monkeypatch):
+    monkeypatch.setattr(arrays, "SMALL_BYTES", 0)
+    mapped = TokenStore.open(large)
+    assert isinstance(mapped._codes, np.memmap)
+    for id in (row.id for number in (0, 1) for row in shard(number)[0]):
+        rows, codes = next(shard(n) for n in (0, 1) if id in [row.id for row in shard(n)[0]])
+        place = [row.id for row in rows].index(id)
+        for view in range(2):
+            crop, found = mapped.view(id, view)
+            assert crop == rows[place].crops[view]
+            assert (found == codes[place, view]).all()
+        assert mapped.picture(id) == rows[place].picture
+
+
+def test_a_large_store_is_verified_again_when_a_shard_has_changed(large):
+    TokenStore.open(large)
+    path = large / "tokens-00001.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"tokens-00001\.parquet: its checksum is not the one"):
+        TokenStore.open(large)
+
+
+def test_a_large_store_without_a_shard_is_refused(large):
+    TokenStore.open(large)
+    (large / "tokens-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"tokens-00001\.parquet: cannot be read \(No such file"):
+        TokenStore.open(large)
 
 
 def test_a_store_knows_which_pictures_it_holds(store):
@@ -120,7 +161,7 @@ def test_a_shard_of_nothing_but_unreadable_pictures_does_no_harm(tmp_path):
     writer.write_shard(1, [], np.zeros((0, 2, 9), np.uint16), skipped=["a", "b"])
     writer.finish(writer.shards(2))
     opened = TokenStore.open(tmp_path)
-    assert opened.ids == [row.id for row in shard(0)[0]]
+    assert list(opened.ids) == [row.id for row in shard(0)[0]]
     assert opened.skipped == ["0/bad.jpg: cut off", "a", "b"]
 
 
@@ -178,8 +219,8 @@ def test_an_old_store_is_refused_by_its_format(store):
 
 
 def test_a_store_of_pixels_that_are_made_otherwise_is_refused(store, monkeypatch):
-    monkeypatch.setitem(PIXELS, "decoding", 2)
-    with pytest.raises(DataError, match="made with decoding = 1, but this run needs 2"):
+    monkeypatch.setitem(PIXELS, "decoding", 3)
+    with pytest.raises(DataError, match="made with decoding = 2, but this run needs 3"):
         TokenStore.open(store)
 
 

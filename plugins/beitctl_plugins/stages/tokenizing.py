@@ -23,7 +23,8 @@ from torch import Tensor
 from beitctl.api import Example, Examples, ImageTokenizer
 from beitctl.data.images import Crop, Pictures, random_crop
 from beitctl.data.order import generator
-from beitctl.data.store import Row, TokenStoreWriter, picture_hash
+from beitctl.data.store import TokenStoreWriter, picture_hash
+from beitctl.data.store_format import Row
 from beitctl.errors import DataError
 
 if TYPE_CHECKING:
