@@ -4,6 +4,7 @@ The same crop drawn at two sizes shows the same part of the picture, so the toke
 at one view each.
 """
 
+import functools
 import io
 import logging
 import math
@@ -22,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch.nn import functional
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from beitctl.errors import DataError
 
@@ -37,6 +37,7 @@ FAULTS = (
     ArithmeticError,
     AttributeError,
     EOFError,
+    AssertionError,
     RuntimeError,
     struct.error,
     zlib.error,
@@ -46,6 +47,12 @@ FAULTS = (
 
 MAX_BYTES = 512 * 2**20
 """Files that are larger are no pictures to train on."""
+
+STRIP_PIXELS = 2**20
+"""Pixels that are converted at a time."""
+
+PATIENCE = 1000
+"""Pictures that a cache drops before it is given up if hardly any was wanted again."""
 
 ORIENTATION = 0x0112
 """EXIF tag; values 5 to 8 swap width and height."""
@@ -150,10 +157,14 @@ class Pictures:
     """Opens and crops pictures; keeps the last decoded ones, if it has room. One per process."""
 
     def __init__(self, max_pixels: int = 64_000_000, cache_mib: float = 0) -> None:
+        # takes a second, which is wanted once and before worker processes are forked
+        from torchvision.io import ImageReadMode, decode_jpeg  # noqa: PLC0415
+
+        self._jpeg = functools.partial(decode_jpeg, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         self.max_pixels = max_pixels
         self.cache_bytes = int(cache_mib * 2**20)
         self._kept: OrderedDict[bytes | Path, Picture] = OrderedDict()
-        self._kept_bytes = 0
+        self._kept_bytes = self._hits = self._dropped = 0
 
     def open(self, image: bytes | Path, key: str | None = None) -> Picture:
         """Decode a picture: upright, first frame, 8 bits a channel, transparent parts over white.
@@ -167,13 +178,14 @@ class Pictures:
         Raises:
             DataError: it cannot be read, is no picture, is cut off, or has more than ``max_pixels``.
         """
-        if image in self._kept:
+        if self._kept and image in self._kept:
             self._kept.move_to_end(image)
+            self._hits += 1
             return self._kept[image]
         with self._faults(image, key):
             data = image if isinstance(image, bytes) else _read(image)
             with self._header(data, _name(image, key)) as found:
-                picture = _decoded(found, data)
+                picture = self._decoded(found, data)
         self._keep(image, picture)
         return picture
 
@@ -208,6 +220,19 @@ class Pictures:
             part = torch.from_numpy(part).flip(1).numpy()
         return part.transpose(2, 0, 1)
 
+    def _decoded(self, found: Image.Image, data: bytes) -> Picture:
+        """All of a picture of which Pillow has read the header."""
+        if found.format in ("JPEG", "MPO") and found.mode in ("RGB", "L"):
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            try:
+                pixels = self._jpeg(encoded)
+                return Picture(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+            except RuntimeError:
+                pass  # Pillow reads it, or says what is wrong with it
+        found.load()
+        ImageOps.exif_transpose(found, in_place=True)
+        return Picture(_pixels(found))
+
     @contextmanager
     def _header(self, image: bytes | Path, name: str) -> Iterator[Image.Image]:
         """A picture of which only the header is read."""
@@ -229,7 +254,7 @@ class Pictures:
             yield
         except UnidentifiedImageError as error:
             raise DataError(
-                f"{_name(image, key)}: not a readable picture (unknown format); replace or remove it"
+                f"{_name(image, key)}: not a readable picture ({_unknown(image)}); replace or remove it"
             ) from error
         except FAULTS as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -245,6 +270,10 @@ class Pictures:
         self._kept_bytes += _memory(image, picture)
         while self._kept_bytes > self.cache_bytes:
             self._kept_bytes -= _memory(*self._kept.popitem(last=False))
+            self._dropped += 1
+        if self._dropped > PATIENCE and self._hits < self._dropped / 10:  # far more pictures than fit
+            self.cache_bytes = self._kept_bytes = 0
+            self._kept.clear()
 
 
 def resized(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
@@ -278,6 +307,20 @@ def _name(image: bytes | Path, key: str | None) -> str:
     return str(image) if key is None else f"{key} ({image})"
 
 
+def _unknown(image: bytes | Path) -> str:
+    """What is taken for a picture by mistake."""
+    try:
+        with io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb") as file:
+            head = file.read(1024)
+    except OSError:
+        return "unknown format"
+    if head[4:8] == b"ftyp":
+        return "HEIC or AVIF, which cannot be decoded here: convert it to JPEG"
+    if b"%PDF" in head or b"<svg" in head:
+        return f"{'PDF' if b'%PDF' in head else 'SVG'}, which has no pixels: convert it to PNG"
+    return "unknown format"
+
+
 def _read(path: Path) -> bytes:
     with open(path, "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
@@ -285,17 +328,17 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-def _decoded(found: Image.Image, data: bytes) -> Picture:
-    """All of a picture of which Pillow has read the header."""
-    if found.format in ("JPEG", "MPO") and found.mode in ("RGB", "L"):
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        try:
-            pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-            return Picture(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-        except RuntimeError:
-            pass  # Pillow reads it, or says what is wrong with it
-    found.load()
-    return Picture(np.array(_to_rgb(ImageOps.exif_transpose(found))))
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of a decoded picture; in strips, as copies of a large one in other modes would add up."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image)
+    width, height = image.size
+    found = np.empty((height, width, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
+        found[top : top + rows] = np.asarray(_to_rgb(strip))
+    return found
 
 
 def _memory(image: bytes | Path, picture: Picture) -> int:
@@ -304,9 +347,7 @@ def _memory(image: bytes | Path, picture: Picture) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB in 8 bits, whatever the mode was."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bits(image)
+    """RGB of a picture with 8 bits, whatever the mode was."""
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -315,9 +356,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits, or of floats, as grey of 8 bits: white is the largest value of the format."""
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image)
     if image.mode == "F":
         white = 1.0 if values.max() <= 1 else 255.0
     else:
         white = 65535.0 if image.mode.startswith("I;16") or values.max() <= 65535 else 2.0**31 - 1
-    return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8))
+    found = np.empty(values.size, np.uint8)
+    flat = values.reshape(-1)
+    for start in range(0, len(flat), STRIP_PIXELS):
+        block = flat[start : start + STRIP_PIXELS].astype(np.float64)
+        found[start : start + STRIP_PIXELS] = np.clip(np.rint(block * (255 / white)), 0, 255)
+    return Image.fromarray(found.reshape(values.shape))

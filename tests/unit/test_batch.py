@@ -129,3 +129,14 @@ def test_a_batch_moves_with_all_its_groups(batch):
     tensors += [value for group in moved.groups.values() for value in vars(group).values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.plan is batch.plan
+
+
+def test_every_tensor_of_a_batch_is_pinned(batch, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    same = batch.pin_memory()
+    assert {id(tensor) for tensor in pinned} >= {id(batch.pixels), id(batch.ids), id(batch.image_mask)}
+    assert {id(batch.groups["pair"].patch_rows), id(batch.groups["image"].patch_targets)} <= set(
+        map(id, pinned)
+    )
+    assert same.pixels is batch.pixels

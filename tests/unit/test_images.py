@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from beitctl.data import images
 from beitctl.data.images import Crop, Picture, Pictures, centre_crop, random_crop
 from beitctl.data.order import generator
 from beitctl.errors import DataError
@@ -165,7 +166,23 @@ def test_a_cut_off_picture_is_a_data_error_that_names_it(kind):
         Pictures().open(data[: len(data) // 2], "photo_7")
 
 
-@pytest.mark.parametrize("data", [b"", b"hello, this is text", b"<svg></svg>"])
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic", "HEIC or AVIF, which cannot be decoded here: convert it to JPEG"),
+        (b"%PDF-1.7", "PDF, which has no pixels: convert it to PNG"),
+        (b"<svg></svg>", "SVG, which has no pixels: convert it to PNG"),
+    ],
+)
+def test_what_is_taken_for_a_picture_by_mistake_is_named(tmp_path, data, kind):
+    (tmp_path / "a.jpg").write_bytes(data)
+    for image in (data, tmp_path / "a.jpg"):
+        with pytest.raises(DataError) as caught:
+            Pictures().open(image, "a")
+        assert f"not a readable picture ({kind}); replace or remove it" in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello, this is text"])
 def test_what_is_no_picture_is_a_data_error(data):
     with pytest.raises(DataError, match=r"^a picture: not a readable picture \(unknown format\)"):
         Pictures().open(data)
@@ -219,6 +236,18 @@ def test_pictures_of_one_name_are_kept_apart():
     pictures = Pictures(cache_mib=1)
     pictures.open(encoded(ramp()), "a")
     assert pictures.open(encoded(ramp(20, 20)), "a").size == (20, 20)
+
+
+def test_a_cache_that_hardly_ever_helps_is_given_up(monkeypatch):
+    monkeypatch.setattr(images, "PATIENCE", 20)
+    pictures = Pictures(cache_mib=5 * 100 * 100 * 3 / 2**20)
+    data = [encoded(Image.new("RGB", (100, 100), (i, 0, 0))) for i in range(40)]
+    for one in data[:24]:
+        pictures.open(one)
+    assert len(pictures._kept) > 0
+    for one in data:
+        pictures.open(one)
+    assert (len(pictures._kept), pictures.cache_bytes) == (0, 0)
 
 
 def test_the_cache_drops_what_was_not_used_for_longest():
