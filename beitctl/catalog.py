@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "beitctl.schema.json"
 STAGES = "beitctl.stages"
-COMMANDS = ("run", "recipes", "plugins", "data", "doctor")
+COMMANDS = ("run", "recipes", "plugins", "data", "doctor", "plan")
 """Names of commands, which no stage may have."""
 
 recipes = typer.Typer(help="Find, read, copy and check recipes.", no_args_is_help=True)

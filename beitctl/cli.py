@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from beitctl import catalog, datacommand, failures, launch, registry
 from beitctl.errors import Stopped, UserError
+from beitctl.planning import command as planning
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -40,7 +41,7 @@ class Terminal:
     @property
     def json(self) -> bool:
         """Whether a command that runs stages was asked for records on stdout."""
-        others = {"recipes", "plugins", "doctor", "data"}
+        others = {"recipes", "plugins", "doctor", "data", "plan"}
         words = [word for word in self.arguments if not word.startswith("-")]
         return "--json" in self.arguments and not others & set(words[:1])
 
@@ -84,6 +85,7 @@ app.add_typer(catalog.recipes, name="recipes")
 app.add_typer(catalog.plugins, name="plugins")
 app.add_typer(datacommand.data, name="data")
 app.command("doctor")(catalog.check_environment)
+app.command("plan")(planning.plan)
 
 RecipeOption = Annotated[
     str | None,

@@ -1,6 +1,6 @@
 """The table ``[data]`` of a recipe: sources under names, which stages refer to by ``"@data.NAME"``.
 
-A reference means the table itself, as if it stood in its place.
+A reference means the table itself, as if it stood in its place. Named sources may refer to earlier ones.
 """
 
 import copy
@@ -27,22 +27,23 @@ def resolve(draft: Draft) -> set[Keys]:
 
     Problems go to the draft. Returns the keys of references that have no source to stand for.
     """
-    usable = _checked(draft)
     lost: set[Keys] = set()
+    usable = _checked(draft, lost)
     for stage, table in draft.data.items():
         if stage != TABLE:
             draft.data[stage] = _replaced(table, (stage,), usable, draft, lost)
     return lost
 
 
-def _checked(draft: Draft) -> dict[str, dict[str, Any] | None]:
-    """The named tables; None in place of one with problems."""
+def _checked(draft: Draft, lost: set[Keys]) -> dict[str, dict[str, Any] | None]:
+    """The named tables, which may refer to those before them; None in place of one with problems."""
     data = draft.data.get(TABLE, {})
     if not isinstance(data, Mapping):
         draft.problem((TABLE,), f"must be a table of named sources, found {shown(data)}")
         return {}
     found: dict[str, dict[str, Any] | None] = {}
-    for name, table in data.items():
+    for name, given in data.items():
+        table = _replaced(given, (TABLE, name), found, draft, lost)
         found[name] = None
         if not isinstance(table, Mapping) or "kind" not in table:
             draft.problem((TABLE, name), f'must be a source: a table with kind = "...", found {shown(table)}')
@@ -52,7 +53,8 @@ def _checked(draft: Draft) -> dict[str, dict[str, Any] | None]:
             found[name] = dict(table)
         except ValidationError as error:
             for keys, message in explain(error, _Named, {"source": table}):
-                draft.problem((TABLE, name, *keys[1:]), message)
+                if not at_fault((TABLE, name, *keys[1:]), lost):
+                    draft.problem((TABLE, name, *keys[1:]), message)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from beitctl import failures, runs
 from beitctl.api import Job
+from beitctl.data import opening
 from beitctl.errors import DataError, RecipeError, UserError
 from beitctl.recipe import Recipe, StageTable
 from beitctl.report.events import EventLog, plain
@@ -94,13 +95,14 @@ class Pipeline:
 
     def stage(self, keys: Sequence[str]) -> None:
         """Run tables, and before each what it refers to and is not there yet."""
-        self._check_data(keys)
-        for key in keys:
-            self._parents(key)
-            ticket = self._obtain(key, wanted=True)
-            if not ticket.run:
-                self._say(f"already done: {ticket.folder}")
-                self._replay(Path(ticket.folder))
+        with opening.once():
+            self._check_data(keys)
+            for key in keys:
+                self._parents(key)
+                ticket = self._obtain(key, wanted=True)
+                if not ticket.run:
+                    self._say(f"already done: {ticket.folder}")
+                    self._replay(Path(ticket.folder))
 
     def everything(self, until: str | None = None) -> None:
         """Run all tables in order, up to and including ``until``, except those that are done."""
@@ -108,12 +110,13 @@ class Pipeline:
         if until is not None and until not in keys:
             raise UserError(f"--until {until}: {self.recipe.name} has the tables {', '.join(keys)}")
         keys = keys[: keys.index(until) + 1] if until else keys
-        self._check_data(keys)
-        for key in keys:
-            ticket = self._obtain(key, wanted=True)
-            if not ticket.run:
-                self._say(f"{key}: cached, {ticket.folder}")
-                self._replay(Path(ticket.folder))
+        with opening.once():
+            self._check_data(keys)
+            for key in keys:
+                ticket = self._obtain(key, wanted=True)
+                if not ticket.run:
+                    self._say(f"{key}: cached, {ticket.folder}")
+                    self._replay(Path(ticket.folder))
 
     def summary(self) -> dict[str, Any]:
         """The numbers that the recipe's [summary] picks from the tables that are done; all without one."""

@@ -43,6 +43,11 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
@@ -69,8 +74,8 @@ class New(Protocol):
 def cached(kind: str, key: str, build: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
     """Arrays of a name that says all they depend on: memory-mapped from the cache, or built and put there.
 
-    Of several processes one builds while the others wait. A cache that is damaged is built again, one that
-    cannot be written only costs the time.
+    Of several processes one builds while the others wait. A cache that is damaged is built again; one that
+    cannot be written costs the time, and the memory in every process.
 
     Args:
         kind: folder in the cache, such as ``tar``.
@@ -126,8 +131,9 @@ class _Draft:
                 if isinstance(array, np.memmap):
                     array.flush()
             (self.folder / "complete").write_text("\n".join(self.arrays))
-            if place.exists():  # damaged
-                shutil.rmtree(place, ignore_errors=True)
+            with contextlib.suppress(OSError, ValueError, EOFError):
+                return _stored(place)  # where no locks are kept, another process may have been faster
+            shutil.rmtree(place, ignore_errors=True)  # damaged, if it is there at all
             self.folder.rename(place)
             return _stored(place)
         except (OSError, ValueError, EOFError):

@@ -71,7 +71,7 @@ class Batch:
     samples: tuple[str, ...] = ()
     """``objective/id`` of every sample, in order."""
     problems: tuple[tuple[str, str], ...] = ()
-    """Examples that could not be read, and why; substitutes stand in their place."""
+    """Examples that could not be read, as ``objective/id``, and why; substitutes stand in their place."""
     code_views: Tensor | None = None
     """(v, 3, h, h) uint8: what the image tokenizer reads where codes are computed in the training step."""
 

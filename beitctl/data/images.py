@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -47,6 +48,12 @@ FAULTS = (
 
 MAX_BYTES = 512 * 2**20
 """Files that are larger are no pictures to train on."""
+
+MOST_SCANS = 64
+"""In a progressive JPEG; programs write ten or so, and each costs time however few bytes it has."""
+
+MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+"""Of a JPEG, also behind a scan."""
 
 STRIP_PIXELS = 2**20
 """Pixels that are converted at a time."""
@@ -222,6 +229,10 @@ class Pictures:
 
     def _decoded(self, found: Image.Image, data: bytes) -> Picture:
         """All of a picture of which Pillow has read the header."""
+        if found.info.get("progressive") and _scans(data) > MOST_SCANS:
+            raise ValueError(f"more than {MOST_SCANS} scans, which take minutes to decode")
+        if found.format == "EPS":
+            raise ValueError("EPS is a program: convert it to PNG")
         if found.format in ("JPEG", "MPO") and found.mode in ("RGB", "L"):
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             try:
@@ -326,6 +337,15 @@ def _read(path: Path) -> bytes:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
         return file.read()
+
+
+def _scans(data: bytes) -> int:
+    """Scans of the first picture in the bytes of a JPEG."""
+    place, scans = 2, 0
+    while (found := MARKER.search(data, place)) is not None and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return scans
 
 
 def _pixels(image: Image.Image) -> NDArray[np.uint8]:

@@ -49,14 +49,19 @@ class Stream:
     def positions(self, step: int, parts: int, part: int, seed: int) -> list[int]:
         """Positions of the samples of one of ``parts`` equal shares of a step.
 
-        Texts whose lengths are known are dealt out so that no share has more work than another.
+        A share lies together on disk where only a few examples are mixed at a time; else texts whose lengths
+        are known are dealt out so that no share has more work than another.
         """
         first = step * self.samples
+        near = getattr(self.examples, "window", 0)
         lengths = getattr(self.examples, "lengths", None)
-        if lengths is None or parts == 1 or self.task.layout not in ("text", "pair"):
+        if parts == 1 or not (near or (lengths is not None and self.task.layout in ("text", "pair"))):
             return [first + offset for offset in order.share(self.samples, parts, part)]
-        costs = [lengths[self.order.at(first + offset, seed)[1]] for offset in range(self.samples)]
-        return [first + offset for offset in order.snake(np.array(costs), parts, part)]
+        found = np.array([self.order.at(first + offset, seed)[1] for offset in range(self.samples)])
+        if not near and lengths is not None:
+            return [first + offset for offset in order.snake(np.asarray(lengths)[found], parts, part)]
+        mine = order.share(self.samples, parts, part)
+        return [first + int(offset) for offset in np.argsort(found, kind="stable")[mine.start : mine.stop]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Place:
 
 
 def drawn(stream: Stream, position: int, seed: int) -> "tuple[str, Item, list[tuple[str, str]]]":
-    """Id and item at a position of a stream, and what could not be read on the way.
+    """Id and item at a position of a stream, and what could not be read on the way, named ``stream/id``.
 
     An unreadable example is replaced by another that depends on nothing but the seed and its place.
 
@@ -98,7 +103,7 @@ def drawn(stream: Stream, position: int, seed: int) -> "tuple[str, Item, list[tu
         except ChangedError:
             raise
         except DataError as error:
-            problems.append((place, str(error)))
+            problems.append((f"{stream.name}/{place}", str(error)))
             reserve = order.generator(seed, stream.name, epoch, index, "reserve", attempt)
             chosen = int(reserve.integers(len(stream.examples)))
     raise DataError(f"{SUBSTITUTES} examples of '{stream.name}' in a row cannot be used: {problems[0][1]}")

@@ -41,9 +41,8 @@ def generator(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest(*key), "little")))
 
 
-@functools.lru_cache(maxsize=8)
 def permutation(n: int, seed: int, name: str, epoch: int) -> NDArray[np.integer]:
-    """Order of one epoch: each of 0..n-1 exactly once, (n,), read-only; the last few are kept."""
+    """Order of one epoch: each of 0..n-1 exactly once, (n,), read-only."""
     narrow = n <= np.iinfo(np.int32).max  # half the memory
     order: NDArray[np.integer] = np.arange(n, dtype=np.int32) if narrow else np.arange(n, dtype=np.int64)
     generator(seed, "order", name, epoch).shuffle(order)
@@ -87,7 +86,9 @@ class Order:
             if part.count < 1 or (part.shards and sum(part.shards) != part.count):
                 raise ValueError(f"{name}: a part of {part.count} examples in shards of {sum(part.shards)}")
         self.slots = _slots(tuple(part.weight for part in parts))
-        self.shards = [_Shards(part.shards, part.window) if part.shards else None for part in parts]
+        self.shuffles = [
+            _Shards(part.shards, part.window) if part.shards else _Whole(part.count) for part in parts
+        ]
 
     def at(self, position: int, seed: int) -> tuple[int, int]:
         """Epoch of its part, and index, of the example at a position.
@@ -107,13 +108,7 @@ class Order:
         part = self.parts[number]
         name = self.name if len(self.parts) == 1 else f"{self.name}/{number}"
         epoch, place = divmod(place, part.count)
-        shards = self.shards[number]
-        inner = (
-            shards.at(place, seed, name, epoch)
-            if shards
-            else permutation(part.count, seed, name, epoch)[place]
-        )
-        return epoch, int(self.starts[number]) + int(inner)
+        return epoch, int(self.starts[number]) + self.shuffles[number].at(place, seed, name, epoch)
 
 
 def _slots(weights: tuple[float, ...]) -> tuple[int, ...]:
@@ -142,8 +137,22 @@ def _mixed(
     return parts, before
 
 
+class _Whole:
+    """The order of examples that may come in any; keeps that of one epoch."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.last: tuple[Any, NDArray[np.integer]] | None = None
+
+    def at(self, place: int, seed: int, name: str, epoch: int) -> int:
+        """Index of the example at a place of an epoch."""
+        if self.last is None or self.last[0] != (seed, name, epoch):
+            self.last = ((seed, name, epoch), permutation(self.count, seed, name, epoch))
+        return int(self.last[1][place])
+
+
 class _Shards:
-    """The order of examples that lie in shards."""
+    """The order of examples that lie in shards; keeps that of one epoch."""
 
     def __init__(self, sizes: tuple[int, ...], window: int) -> None:
         self.window = min(window, WINDOW) if window else WINDOW

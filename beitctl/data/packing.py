@@ -5,6 +5,7 @@ does not fit; a sequence may go on with the next document, behind the id that en
 than a sequence is cut. Documents are packed in blocks, each on its own, so that ranks share the counting.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beitctl.api import Example, Examples, TextTokenizer
-from beitctl.data.arrays import cached
+from beitctl.data.arrays import cache_folder, cached
 from beitctl.data.order import digest
 from beitctl.errors import ChangedError, DataError
 
@@ -64,6 +65,10 @@ def cuts(documents: Iterable[Sequence[int]], room: int) -> NDArray[np.int64]:
     return np.array(found, np.int64).reshape(-1, 3)
 
 
+class _UnreadError(Exception):
+    """A document of a block cannot be read, so that its counts are not for the cache."""
+
+
 class Packed:
     """Examples of prose as sequences of ids; speaks the protocol of ``Examples``."""
 
@@ -88,8 +93,13 @@ class Packed:
             raise ValueError(f"room ({room}) must be positive")
         self.documents, self.tokenizer, self.room = documents, tokenizer, room
         self.fingerprint = digest(documents.fingerprint, tokenizer.fingerprint, "packed", room).hex()
+        self.state: str = getattr(documents, "state", "")
+        self.unread: dict[int, str] = {}
+        """Documents that could not be read when they were counted, and why."""
         self.blocks = -(-len(documents) // BLOCK)
         self.problems: list[str] = list(getattr(documents, "problems", []))
+        if getattr(documents, "parts", None):
+            raise ValueError("pack the parts of a mixture with weights one by one")
         found: dict[int, NDArray[np.int64]] = {}
         for turn in range(self.blocks):
             block = (turn + rank * self.blocks // world) % self.blocks
@@ -115,13 +125,16 @@ class Packed:
             stop = tuple(self.starts[place + 1].tolist())
         ids: list[int] = []
         for number in range(first, stop[0] + (stop[1:] > (0, 0))):
+            if number in self.unread:
+                continue
             end = stop[1:] if number == stop[0] else None
             part = self._ids(number, (sentence, piece) if number == first else (0, 0), end)
             ids += [self.tokenizer.end_id, *part] if ids and part else part
         if not 0 < len(ids) <= self.room:
             raise ChangedError(
                 f"document {first} and those behind it have {len(ids)} ids where at most {self.room} were "
-                "counted: the text or the tokenizer has changed since; start the run again"
+                "counted: the text has changed since, with its size as it was; remove the folder 'packed' in "
+                f"{cache_folder()} and start the run again"
             )
         id = f"{self.documents[first].id}+{sentence}.{piece}"
         return Example(id, token_ids=np.array(ids, np.int64))
@@ -138,30 +151,41 @@ class Packed:
         return ids
 
     def _sentences(self, number: int) -> list[str]:
-        """Sentences of a document; none of one that cannot be read."""
-        try:
-            return sentences(self.documents[number].text or "")
-        except ChangedError:
-            raise
-        except DataError:
-            return []
+        return sentences(self.documents[number].text or "")
 
     def _block(self, block: int) -> NDArray[np.int64]:
         """Where the sequences of a block of documents begin; from the cache if they were counted before."""
         first = block * BLOCK
         numbers = range(first, min(len(self.documents), first + BLOCK))
 
-        def build() -> dict[str, NDArray[Any]]:
-            starts = cuts(self._counts(numbers), self.room)
-            starts[:, 0] += first
-            return {"starts": starts}
+        unread: dict[int, str] = {}
+        key = digest(self.fingerprint, self.state, block, BLOCK).hex()
+        with contextlib.suppress(_UnreadError):
+            return np.array(cached("packed", key, lambda: self._counted(numbers, first, unread))["starts"])
+        # not kept in the cache: what could not be read now may be read the next time
+        self.unread |= unread
+        self.problems += [f"{reason}" for reason in unread.values()]
+        starts = cuts(self._counts(numbers, unread), self.room)
+        starts[:, 0] += first
+        return starts
 
-        key = digest(self.fingerprint, block, BLOCK).hex()
-        return np.asarray(cached("packed", key, build)["starts"])
+    def _counted(self, numbers: range, first: int, unread: dict[int, str]) -> dict[str, NDArray[Any]]:
+        starts = cuts(self._counts(numbers, unread), self.room)
+        if unread:
+            raise _UnreadError
+        starts[:, 0] += first
+        return {"starts": starts}
 
-    def _counts(self, numbers: Iterable[int]) -> Iterator[list[int]]:
+    def _counts(self, numbers: Iterable[int], unread: dict[int, str]) -> Iterator[list[int]]:
+        """Ids in every sentence of documents; of those that cannot be read none, and why."""
         for number in numbers:
-            yield [len(self.tokenizer.encode(sentence)) for sentence in self._sentences(number)]
+            try:
+                parts = [] if number in unread else self._sentences(number)
+            except ChangedError:
+                raise
+            except DataError as error:
+                unread[number], parts = str(error), []
+            yield [len(self.tokenizer.encode(part)) for part in parts]
 
     def _shards(self) -> tuple[int, ...]:
         """Sequences that begin in each shard of the documents."""

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from beitctl.errors import SetupError
 
 START_TIMEOUT = timedelta(minutes=5)
+"""How long processes wait for one another to begin."""
+TIMEOUT = timedelta(hours=2)
+"""How long a collective waits: rank 0 may list millions of files meanwhile."""
 PORTS = range(20_000, 50_000)
 
 
@@ -113,7 +117,10 @@ def start() -> Ranks:
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=START_TIMEOUT)
+        store, _, _ = next(iter(rendezvous("env://", rank, world, timeout=START_TIMEOUT)))
+        store.set(f"beitctl/{rank}", "here")
+        store.wait([f"beitctl/{other}" for other in range(world)], START_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR', 'unset')}:{os.environ.get('MASTER_PORT', 'unset')}"
         raise SetupError(f"rank {rank} of {world} cannot join the group at {where}: {error}") from error

@@ -4,8 +4,9 @@ Per step: load, add up counts over all ranks (stop requests ride along), forward
 with losses divided by the global counts, clip, step, yield. Nothing in a step depends on the number of ranks.
 """
 
+import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,8 +45,8 @@ class Session:
     resume: bool = True
     layers: int = 1
     """Blocks of the model, for layer-wise learning-rate decay."""
-    examples: int = 0
-    """Examples of all sources together, for the share that may be unreadable."""
+    examples: Mapping[str, int] = field(default_factory=dict)
+    """Examples of every stream, for the share that may be unreadable."""
     started: Callable[[int], None] = lambda step: None
     """Called once with the step that the run starts from."""
     saved: Callable[[int, Path, float], None] = lambda step, path, seconds: None
@@ -154,8 +155,6 @@ class _Loop:
             found = self.learner.counts(batch)
             counts = [total + found[term] for total, term in zip(counts, self.terms, strict=True)]
         fresh = self.quarantine.fresh(micro)
-        for id, text in fresh.items():
-            self.session.warn(f"skipped {id}: {text}")
         main = self.session.ranks.main
         wishes = {
             "stop": float(signals.requested == "stop" or (main and self.clock.over())),
@@ -233,7 +232,7 @@ def train(
         clock = time.monotonic()
         for index, micro in zip(
             range(begin, config.steps),
-            steps(data, begin, config.steps, config.workers, worker_ignores_signals, session.warn),
+            steps(data, begin, config.steps, config.workers, worker_ignores_signals, _told(session)),
             strict=True,
         ):
             wait = time.monotonic() - clock
@@ -243,7 +242,8 @@ def train(
                     loop.save(index)
                 _leave(index, bool(wishes["interrupt"]))
             if wishes["bad"]:
-                loop.quarantine.take(loop.quarantine.fresh(micro), index + 1)
+                for id, text in loop.quarantine.take(loop.quarantine.fresh(micro), index + 1).items():
+                    session.warn(f"skipped {id}: {text}")
             lr = optim.lr_at(index, config.steps, config.optim)
             optim.set_lr(loop.optimizer, lr)
             learner.train()
@@ -261,6 +261,15 @@ def train(
                 now - clock, wait, session.ranks,
             )  # fmt: skip
             clock = time.monotonic()
+
+
+def _told(session: Session) -> Callable[[str], None]:
+    """Where a rank says what only it knows: the log is that of rank 0."""
+
+    def tell(text: str) -> None:
+        os.write(2, f"rank {session.ranks.rank}: {text}\n".encode())
+
+    return session.warn if session.ranks.main else tell
 
 
 def _leave(step: int, interrupted: bool) -> None:

@@ -18,7 +18,15 @@ NAMED = 20
 class Quarantine:
     """The examples of a run that could not be used so far. Every rank has the same."""
 
-    def __init__(self, folder: Path, ranks: Ranks, share: float, examples: int) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, share: float, examples: Mapping[str, int]) -> None:
+        """An empty list.
+
+        Args:
+            folder: the run folder.
+            ranks: all processes.
+            share: how many examples of each stream may be unusable; one always may.
+            examples: their number in every stream. Ids begin with the name of their stream and a slash.
+        """
         self.path, self.ranks, self.share, self.examples = folder / LIST, ranks, share, examples
         self.reasons: dict[str, str] = {}
         """Why, by id."""
@@ -42,11 +50,11 @@ class Quarantine:
         problems = (problem for batch in micro for problem in batch.problems)
         return {id: text for id, text in problems if id not in self.reasons}
 
-    def take(self, fresh: Mapping[str, str], step: int) -> None:
-        """Add what all ranks have found; every rank must call it at the same step.
+    def take(self, fresh: Mapping[str, str], step: int) -> dict[str, str]:
+        """Add what all ranks have found; every rank must call it at the same step. Gives what is new.
 
         Raises:
-            DataError: more of the examples are unusable than the share allows; names them.
+            DataError: more examples of a stream are unusable than the share allows; names them.
         """
         added: dict[str, str] = {}
         for part in self.ranks.gather_objects(dict(fresh)):
@@ -56,16 +64,23 @@ class Quarantine:
             rows = [{"id": id, "reason": reason, "step": step} for id, reason in sorted(added.items())]
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        allowed = max(1.0, self.share * self.examples)
-        if len(self.reasons) > allowed:
-            named = "".join(f"\n  {_named(id, self.reasons[id])}" for id in sorted(self.reasons)[:NAMED])
-            more = f"\n  ... and {len(self.reasons) - NAMED} more" if len(self.reasons) > NAMED else ""
+        for stream, examples in self.examples.items():
+            self._judge(stream, examples)
+        return added
+
+    def _judge(self, stream: str, examples: int) -> None:
+        """Refuse a stream of which too much is unusable."""
+        bad = sorted(id for id in self.reasons if id.startswith(f"{stream}/"))
+        allowed = max(1.0, self.share * examples)
+        if len(bad) > allowed:
+            named = "".join(f"\n  {_named(id, self.reasons[id])}" for id in bad[:NAMED])
+            more = f"\n  ... and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
             raise DataError(
-                f"{len(self.reasons)} of {self.examples} examples cannot be used (allowed: {allowed:.0f}, "
+                f"{len(bad)} of {examples} examples of '{stream}' cannot be used (allowed: {allowed:.0f}, "
                 f"max_bad_share = {self.share:g}; all are in {self.path}). Remove them, or raise "
                 f"max_bad_share:{named}{more}"
             )
 
 
 def _named(id: str, reason: str) -> str:
-    return reason if reason.startswith(id) else f"{id}: {reason}"
+    return reason if reason.startswith(id.partition("/")[2]) else f"{id}: {reason}"

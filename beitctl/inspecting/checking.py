@@ -69,6 +69,7 @@ def check(
         **counts.report(examples),
         "left_out": {"count": len(problems), "first": problems[:LISTED]},
         "ignored": ignored,
+        "notes": [str(note) for note in getattr(examples, "notes", ())],
     }
 
 

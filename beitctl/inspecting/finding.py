@@ -3,6 +3,7 @@
 A folder that ``beitctl data pack`` made says itself how it is read.
 """
 
+import errno
 import json
 import os
 from collections import Counter
@@ -105,6 +106,10 @@ def _existing(path: str) -> Path:
     place = Path(path).expanduser()
     try:
         place.stat()
+        if place.is_dir():
+            os.scandir(place).close()
+        elif not os.access(place, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file or folder; correct it, write '{EMBEDDED}' for the data that come with "

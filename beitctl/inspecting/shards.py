@@ -113,9 +113,9 @@ class ParquetShard:
     def __init__(self, file: Hashed) -> None:
         compressed = {name: "NONE" if name == "image" else "ZSTD" for name in SCHEMA.names}
         compressed["captions.list.element"] = compressed.pop("captions")
-        # statistics would repeat the smallest and the largest picture of each group
+        # statistics tell readers that no picture is missing; pyarrow repeats no large ones in them
         self._writer = pq.ParquetWriter(
-            file, SCHEMA, compression=compressed, use_dictionary=False, write_statistics=False
+            file, SCHEMA, compression=compressed, use_dictionary=False, write_statistics=True
         )
         self._rows: list[Ready] = []
         self._size = 0

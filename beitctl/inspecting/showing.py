@@ -46,6 +46,7 @@ def show(report: Mapping[str, Any]) -> None:
 def _parts(report: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     """Everything that there is something to say of."""
     ignored = _grid([("files", _counts(report["ignored"]))]) if report["ignored"] else None
+    notes = _grid([("", printable(note)) for note in report["notes"]]) if report["notes"] else None
     for title, part in (
         ("pictures", _pictures(report["pictures"])),
         ("classes", _classes(report["classes"])),
@@ -55,6 +56,7 @@ def _parts(report: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
         ("duplicates", _duplicates(report["duplicates"])),
         ("left out", _left_out(report["left_out"])),
         ("ignored", ignored),
+        ("notes", notes),
     ):
         if part is not None:
             yield title, part

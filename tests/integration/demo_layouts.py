@@ -74,7 +74,6 @@ def settings(table, folder):
     found = {
         "train": train,
         "test": test,
-        "everything": {"kind": "mixture", "sources": [train, test]},
         "prose": {"kind": "text", "path": str(folder / "prose-train.jsonl")},
         "prose-test": {"kind": "text", "path": str(folder / "prose-test.jsonl")},
     }
@@ -84,8 +83,6 @@ def settings(table, folder):
 def toml(value):
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
     return json.dumps(value)
 
 

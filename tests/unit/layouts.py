@@ -307,7 +307,7 @@ def text_files(folder: Path, pieces: Sequence[str]) -> Plugin:
 
 
 def text_gz(folder: Path, pieces: Sequence[str]) -> Plugin:
-    content = gzip.compress("\n".join(pieces).encode())
+    content = gzip.compress("\n".join(pieces).encode(), mtime=0)  # else the time is in it
     return Text(path=files(folder, [("a.txt.gz", content)]) / "a.txt.gz")
 
 

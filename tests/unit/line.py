@@ -51,14 +51,15 @@ class Steps:
 
     def __getitem__(self, step):
         passes = self.special.get(step, self.passes)
-        bad = tuple((id, f"{id} is broken") for id in self.problems.get(step, ()))
+        bad = tuple((f"x/{id}", f"{id} is broken") for id in self.problems.get(step, ()))
         return [Points(torch.tensor(points), bad if i == 0 else ()) for i, points in enumerate(passes)]
 
 
 def run(folder, data=None, *, session=None, learner=None, steps=3, **settings):
     """Train; returns the steps with the weight after each."""
     learner = learner or Line()
-    given = {"ranks": ALONE, "folder": Path(folder), "identity": "line", "examples": 10} | (session or {})
+    given = {"ranks": ALONE, "folder": Path(folder), "identity": "line", "examples": {"x": 10}}
+    given |= session or {}
     found = []
     with closing(train(learner, data or Steps(), training(steps, **settings), Session(**given))) as running:
         for step in running:

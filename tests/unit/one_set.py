@@ -52,7 +52,8 @@ def picture(number: int, ending: str) -> bytes:
     rows, columns = np.mgrid[0 : 20 + number, 0:24]
     pixels = np.stack([rows * 5, columns * 4, np.full_like(rows, 13 * number)], -1).astype(np.uint8)
     stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, kind, **options)
+    image = Image.fromarray(pixels)
+    (image.quantize(256) if mode == "P" else image.convert(mode)).save(stream, kind, **options)
     return stream.getvalue()
 
 

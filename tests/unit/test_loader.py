@@ -224,6 +224,16 @@ def test_a_text_of_known_length_goes_to_the_rank_with_the_least_work():
     assert max(work) - min(work) < max(lengths)
 
 
+def test_a_share_of_a_source_that_mixes_few_examples_lies_together():
+    source = Sharded(400, (), "x", (10,) * 40, 50, tuple(range(400)))
+    stream = Stream("text", Words(), source, 200, Tools(MODEL))
+    shards = [{int(sample.partition("/")[2]) // 10 for sample in rank} for rank in of_step([stream], 0, 8, 1)]
+    assert max(map(len, shards)) <= 4  # 25 samples each; at random they would lie in some 15 shards
+    assert sorted(s for rank in of_step([stream], 0, 8, 1) for s in rank) == sorted(
+        of_step([stream], 0, 1, 1)[0]
+    )
+
+
 def test_data_that_changed_end_the_job_at_once():
     class Gone(Numbers):
         def __getitem__(self, index):
@@ -266,7 +276,7 @@ def test_counts_say_how_much_is_predicted():
 def test_an_unreadable_example_is_replaced_and_named():
     stream = Stream("text", Words(), Numbers(10, bad=(3,)), 10, Tools(MODEL))
     found = [drawn(stream, position, 0) for position in range(10)]
-    assert [bad for _, _, bad in found if bad] == [[("text[3]", "number 3 is broken")]]
+    assert [bad for _, _, bad in found if bad] == [[("text/text[3]", "number 3 is broken")]]
     assert all(id != "3" for id, _, _ in found)
     assert [id for id, _, _ in found] == [drawn(stream, position, 0)[0] for position in range(10)]
 

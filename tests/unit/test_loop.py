@@ -103,7 +103,7 @@ def test_too_many_unreadable_examples_are_named_with_the_setting(tmp_path):
     with pytest.raises(DataError) as caught:
         run(tmp_path, bad("b", "a"), max_bad_share=0.001)
     assert str(caught.value) == (
-        "2 of 10 examples cannot be used (allowed: 1, max_bad_share = 0.001; all are in "
+        "2 of 10 examples of 'x' cannot be used (allowed: 1, max_bad_share = 0.001; all are in "
         f"{tmp_path / 'quarantine.jsonl'}). Remove them, or raise max_bad_share:\n"
         "  a is broken\n  b is broken"
     )
@@ -116,8 +116,8 @@ def quarantined(folder):
 def test_unreadable_examples_are_listed_in_the_run_folder(tmp_path):
     run(tmp_path, Steps(problems={0: ("a",), 2: ("b", "a")}), max_bad_share=0.5)
     assert quarantined(tmp_path) == [
-        {"id": "a", "reason": "a is broken", "step": 1},
-        {"id": "b", "reason": "b is broken", "step": 3},
+        {"id": "x/a", "reason": "a is broken", "step": 1},
+        {"id": "x/b", "reason": "b is broken", "step": 3},
     ]
 
 
@@ -127,15 +127,21 @@ def test_the_list_of_unreadable_examples_is_taken_up_on_resume(tmp_path):
     data = Steps(problems={4: ("a",)})
     run(tmp_path, data, steps=6, session={"warn": heard.append})
     assert heard == []
-    with pytest.raises(DataError, match="2 of 10 examples"):
+    with pytest.raises(DataError, match="2 of 10 examples of 'x'"):
         run(tmp_path, Steps(problems={7: ("b",)}), steps=9)
+
+
+def test_each_stream_has_its_own_share_of_unreadable_examples(tmp_path):
+    plenty = {"examples": {"x": 10, "y": 1_000_000}}
+    with pytest.raises(DataError, match="2 of 10 examples of 'x' cannot be used"):
+        run(tmp_path, bad("a", "b"), session=plenty)
 
 
 def test_a_run_that_begins_anew_begins_a_new_list(tmp_path):
     run(tmp_path, Steps(problems={0: ("a",)}), steps=3)
     shutil.rmtree(tmp_path / "checkpoints")
     run(tmp_path, Steps(problems={1: ("b",)}), steps=3)
-    assert [row["id"] for row in quarantined(tmp_path)] == ["b"]
+    assert [row["id"] for row in quarantined(tmp_path)] == ["x/b"]
 
 
 def test_the_share_that_is_allowed_is_that_of_all_examples(tmp_path):
@@ -143,7 +149,8 @@ def test_the_share_that_is_allowed_is_that_of_all_examples(tmp_path):
 
 
 def test_unreadable_examples_add_up_over_steps(tmp_path):
-    with pytest.raises(DataError, match=r"2 of 10 examples cannot be used .*\n  a is broken\n  b is broken"):
+    named = r"2 of 10 examples of 'x' cannot be used .*\n  a is broken\n  b is broken"
+    with pytest.raises(DataError, match=named):
         run(tmp_path, Steps(problems={0: ("a",), 2: ("b",)}))
 
 
@@ -154,7 +161,7 @@ def test_an_unreadable_example_counts_once_however_often_it_comes(tmp_path):
 def test_an_unreadable_example_is_told_once_with_the_reason(tmp_path):
     heard = []
     run(tmp_path, Steps(problems=dict.fromkeys(range(3), ("a",))), session={"warn": heard.append})
-    assert heard == ["skipped a: a is broken"]
+    assert heard == ["skipped x/a: a is broken"]
 
 
 class Slow(Steps):

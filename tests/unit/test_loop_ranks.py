@@ -55,5 +55,5 @@ def two_examples_as_ranks(folder):
 def test_unreadable_examples_of_all_ranks_are_named_on_every_rank(on_ranks, tmp_path):
     first, second = on_ranks(two_examples_as_ranks, 2, tmp_path)
     assert first == second
-    assert first.startswith("2 of 10 examples cannot be used (allowed: 1")
+    assert first.startswith("2 of 10 examples of 'x' cannot be used (allowed: 1")
     assert first.endswith("\n  example-0 is broken\n  example-1 is broken")

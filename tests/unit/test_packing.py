@@ -1,3 +1,4 @@
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,6 +133,33 @@ def test_counting_is_done_once(tmp_path):
     packed = Packed(documents, again, 6)
     assert (first.calls, again.calls) == (40, 0)
     assert len(packed) == 20
+
+
+def test_documents_that_cannot_be_read_are_told_and_not_kept_in_the_cache():
+    documents = Documents(["a b. c d.", None, "e f."])
+    packed = Packed(documents, Words(), 3)
+    assert packed.problems == ["1 is broken"]
+    assert len(ids_of(packed)) == 3
+    documents.texts[1] = "x y."
+    again = Packed(documents, Words(), 3)
+    assert (len(ids_of(again)), again.problems) == (4, [])
+
+
+def test_a_block_is_counted_again_when_files_were_touched():
+    first, second = Words(), Words()
+    documents = Documents(["a b. c d."] * 3)
+    Packed(documents, first, 6)
+    documents.state = "touched"
+    Packed(documents, second, 6)
+    assert second.calls == first.calls
+
+
+def test_the_counts_of_many_blocks_keep_no_file_open(monkeypatch):
+    monkeypatch.setattr(packing, "BLOCK", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    packed = Packed(Documents(["a b. c d."] * 600), Words(), 2)
+    assert len(packed) == 1200
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
 def test_ranks_begin_with_blocks_of_their_own(monkeypatch):

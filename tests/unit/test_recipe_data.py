@@ -95,6 +95,27 @@ def test_data_that_is_no_table_is_refused(tmp_path):
     )
 
 
+MIX = """[data.mix]
+kind = "mixture"
+sources = ["@data.train", "@data.test"]
+
+[eval.knn]"""
+
+
+def test_a_named_source_may_refer_to_earlier_ones(tmp_path):
+    text = TEXT.replace("[eval.knn]", MIX).replace('reference = "@data.train"', 'reference = "@data.mix"')
+    mixed = load(tmp_path, text).tables["eval.knn"].plugin.reference
+    assert [(source.split, source.limit) for source in mixed.sources] == [("train", 50), ("test", 0)]
+
+
+def test_a_named_source_cannot_refer_to_a_later_one(tmp_path):
+    text = TEXT.replace("[data.train]", MIX.replace("[eval.knn]", "[data.train]"))
+    assert problems(tmp_path, text) == [
+        "6:12  data.mix.sources.0: no source 'train' in [data]",
+        "6:27  data.mix.sources.1: no source 'test' in [data]",
+    ]
+
+
 def test_the_schema_lets_editors_refer_to_named_sources():
     found = recipe.schema()
     assert {"type": "string", "pattern": r"^@data\."} in found["$defs"]["beitctl.sources"]["anyOf"]

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from pydantic import ValidationError
 from source_files import fill, ids
@@ -27,7 +28,7 @@ def drawn(examples, count, seed=0):
 
 def test_a_mixture_holds_the_examples_of_all_sources(tmp_path):
     opened = Mixture(sources=tables(tmp_path)).open()
-    assert ids(opened) == [f"{i}.png" for i in range(3)] + sorted(f"{i}.png" for i in range(12))
+    assert ids(opened) == [f"0/{i}.png" for i in range(3)] + sorted(f"1/{i}.png" for i in range(12))
 
 
 def test_without_weights_an_epoch_holds_every_example_once(tmp_path):
@@ -71,3 +72,18 @@ def test_the_fingerprint_follows_sources_and_weights(tmp_path):
 def test_weights_that_cannot_be_are_refused(tmp_path, weights, message):
     with pytest.raises(ValidationError, match=message):
         Mixture(sources=tables(tmp_path), weights=weights)
+
+
+def test_a_mixture_in_a_mixture_keeps_its_weights(tmp_path):
+    first, second = tables(tmp_path)
+    inner = {"kind": "mixture", "sources": [first, second], "weights": [3, 1]}
+    opened = Mixture(sources=[inner, second], weights=[1, 1]).open()
+    assert [weight for weight, _ in opened.parts] == [0.75, 0.25, 1]
+    counts = np.bincount(np.digitize([index for _, index in drawn(opened, 4096)], [3, 15]))
+    assert counts.tolist() == [1536, 512, 2048]
+
+
+def test_weights_inside_a_mixture_without_weights_are_refused(tmp_path):
+    inner = {"kind": "mixture", "sources": tables(tmp_path), "weights": [3, 1]}
+    with pytest.raises(ValidationError, match="give all sources weights"):
+        Mixture(sources=[inner, tables(tmp_path)[0]])

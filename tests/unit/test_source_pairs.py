@@ -298,11 +298,27 @@ def test_tables_of_pairs_are_guessed(tmp_path, name, text, found):
     [
         ("a.jsonl", '{"text": "a"}'),
         ("a.json", '{"images": []}'),
-        ("a.csv", ""),
-        ("a.csv", "\xff\0"),
+        ("a.json", ""),
         ("a.md", ""),
     ],
 )
 def test_other_tables_are_not_guessed(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="latin-1")
     assert Pairs.guess(tmp_path / name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", ""),
+        ("a.csv", "\xff\0"),
+        ("a.tsv", "a\tb\n1\t2"),
+        ("a.jsonl", "{"),
+        ("a.jsonl", '{"image": "1"}'),
+    ],
+)
+def test_tables_that_are_broken_are_guessed_as_opening_tells_what_is_wrong(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    assert Pairs.guess(tmp_path / name) == (1, {"path": str(tmp_path / name)})
+    with pytest.raises(DataError):
+        Pairs(path=tmp_path / name).open()

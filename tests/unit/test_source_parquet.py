@@ -383,10 +383,14 @@ def test_guess_knows_tables(tmp_path):
     assert Parquet.guess(path)[1] == {"path": str(path), "image": "img", "caption": "text", "label": "label"}
     path = write(tmp_path / "c.arrow", {"text": ["a"]})
     assert Parquet.guess(path) == (4, {"path": str(path), "text": "text"})
-    assert Parquet.guess(write(tmp_path / "d.parquet", {"number": [1]})) is None
-    (tmp_path / "e.parquet").write_bytes(b"x")
-    assert Parquet.guess(tmp_path / "e.parquet") is None
     assert Parquet.guess(tmp_path / "none") is None
+
+
+def test_guess_knows_others_by_name_only_as_opening_tells_what_is_wrong(tmp_path):
+    path = write(tmp_path / "d.parquet", {"number": [1]})
+    assert Parquet.guess(path) == (1, {"path": str(path)})
+    (tmp_path / "e.parquet").write_bytes(b"x")
+    assert Parquet.guess(tmp_path / "e.parquet") == (1, {"path": str(tmp_path / "e.parquet")})
 
 
 def test_guess_leaves_folders_of_pictures_to_others(tmp_path):

@@ -44,7 +44,7 @@ def test_the_class_is_the_folder_of_the_picture(folder):
     [
         (b"9.png", "no picture {folder}/9.png"),
         (b"cat", "no picture {folder}/cat"),
-        (b"a\0b.png", "no picture {folder}/a\0b.png"),
+        (b"a\0b.png", "no picture {folder}/a\\x00b.png"),
         (b"caf\xe9.png", "not UTF-8: b'caf\\xe9.png'"),
         (b"cat/1.png", "listed before: 'cat/1.png'"),
         (b"x" * 70_000, "too long for a path"),

@@ -212,10 +212,8 @@ def test_text_is_guessed(tmp_path, name, data, found):
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.txt", b"\xff\xfe\n"),
         ("a.jsonl", b"[]\n"),
         ("a.jsonl", b'{"n": 1}'),
-        ("a.txt.gz", b"no"),
         ("a.md", b"a"),
     ],
 )
@@ -223,3 +221,12 @@ def test_other_files_are_not_guessed_as_text(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     assert Text.guess(tmp_path / name) is None
     assert Text.guess(tmp_path) is None
+
+
+@pytest.mark.parametrize(("name", "data"), [("a.txt", b"\xff\xfe\n"), ("a.txt.gz", b"no")])
+def test_text_that_is_broken_is_guessed_as_opening_tells_what_is_wrong(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert Text.guess(tmp_path / name) == (1, {"path": str(tmp_path / name)})
+    assert Text.guess(tmp_path) == (1, {"path": str(tmp_path)})
+    with pytest.raises(DataError):
+        Text(path=tmp_path).open()

@@ -5,13 +5,16 @@ import json
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from small import MODEL, Codes, Given, Record, coloured, pieces, png, training
+from small import ALONE, MODEL, Codes, Given, Record, coloured, pieces, png, tools, training
 
 from beitctl.api import Example, Job
 from beitctl.checkpoints.native import load_tokenizer, read_model
+from beitctl.data.packing import Packed
 from beitctl.errors import DataError, UserError
 from beitctl.report.events import EventLog
 from beitctl_plugins.sources.image_folder import ImageFolder
+from beitctl_plugins.sources.mixture import Mixed
+from beitctl_plugins.sources.opened import Opened
 from beitctl_plugins.stages import shared
 from beitctl_plugins.stages.pretrain import ObjectiveTable, Pretrain
 from beitctl_plugins.stages.train_tokenizer import TrainTokenizer
@@ -144,3 +147,39 @@ def test_train_tokenizer_writes_a_tokenizer_that_loads(tmp_path):
 def test_train_tokenizer_needs_a_source():
     with pytest.raises(ValidationError, match="sources"):
         TrainTokenizer(tokenizer=SentencePiece(pieces=18), sources=[])
+
+
+class LeftOut(Given):
+    """A source that leaves something out."""
+
+    def open(self):
+        return Opened(self.examples, lambda example: example, "x", ["a.png: empty file", "b.png: no picture"])
+
+
+def test_what_a_source_leaves_out_is_told_and_listed(tokens, tmp_path):
+    log = Record()
+    shared.opened("image", LeftOut(examples=PAIRS.examples), Job(tmp_path, log))
+    assert log.said["note"] == [
+        (
+            "image: 2 left out by the source, all in left-out-image.txt:\n  a.png: empty file\n  b.png: no picture",
+        )
+    ]
+    assert (tmp_path / "left-out-image.txt").read_text() == "a.png: empty file\nb.png: no picture\n"
+
+
+def test_each_part_of_a_mixture_is_packed_for_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("BEITCTL_CACHE", str(tmp_path))
+    mixed = Mixed([PROSE.open(), PROSE.open()], [1, 3])
+    made = shared.packed(mixed, tools(), ALONE, Job(tmp_path, Record()))
+    assert [weight for weight, _ in made.parts] == [1, 3]
+    assert all(isinstance(part, Packed) for _, part in made.parts)
+
+
+def test_packed_without_a_text_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="packed: set text_tokenizer"):
+        shared.packed(PROSE.open(), tools(tokenizer=None), ALONE, Job(tmp_path, Record()))
+
+
+def test_only_texts_are_packed():
+    with pytest.raises(ValidationError, match="packed joins texts; this task reads image"):
+        table(MaskedImage(), PAIRS, packed=True)

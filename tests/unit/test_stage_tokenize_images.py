@@ -15,7 +15,8 @@ from beitctl.api import Example, Job
 from beitctl.data.images import Pictures, random_crop
 from beitctl.data.order import generator
 from beitctl.data.store import TokenStore
-from beitctl.errors import DataError, UserError
+from beitctl.errors import ChangedError, DataError, UserError
+from beitctl_plugins.sources.opened import Opened
 from beitctl_plugins.stages.tokenize_images import TokenizeImages
 
 
@@ -173,9 +174,31 @@ def test_views_do_not_depend_on_the_size_of_shards(tokenizer, tmp_path):
     assert views[0] == views[1]
 
 
-def test_ids_that_repeat_among_sources_are_refused(tokenizer, tmp_path):
-    with pytest.raises(DataError, match="'p0' is in it twice; ids of a source must be unique"):
+def test_ids_that_repeat_among_sources_are_refused_before_anything_is_encoded(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"sources 0 and 1 both have a picture named 'p0'.*kind = .mixture"):
         run(tmp_path, stage(source(count=2), source(count=2)))
+    assert tokenizer.seen == 0
+
+
+def test_ids_that_repeat_within_a_source_are_refused(tokenizer, tmp_path):
+    twice = Given(examples=source(count=2).examples * 2)
+    with pytest.raises(DataError, match="'p0' is in it twice; ids of a source must be unique"):
+        run(tmp_path, stage(twice))
+
+
+class Gone(Given):
+    """Pictures in a shard that is removed meanwhile."""
+
+    def open(self):
+        def example(number):
+            raise ChangedError("0.tar: removed since it was opened")
+
+        return Opened(range(3), example, "gone")
+
+
+def test_a_shard_that_is_gone_ends_the_stage(tokenizer, tmp_path):
+    with pytest.raises(ChangedError, match=r"0\.tar: removed"):
+        run(tmp_path, stage(Gone(examples=())))
 
 
 def test_nothing_but_corrupt_pictures_is_refused(tokenizer, tmp_path):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from small import Given, Record
 
 from beitctl.api import Example
-from beitctl.errors import DataError
+from beitctl.errors import ChangedError, DataError
+from beitctl_plugins.sources.opened import Opened
 from beitctl_plugins.tokenizers import corpus
 from beitctl_plugins.tokenizers.corpus import OBJECT_BYTES, Sampled, split, utf8
 
@@ -122,6 +123,39 @@ def test_reading_a_large_corpus_tells_how_far_it_is(monkeypatch):
         "10 texts read, 60 characters",
         "20 texts read, 130 characters",
     ]
+
+
+def broken(*bad, count=10, error=DataError):
+    """Texts of which some cannot be read."""
+
+    class Broken(Given):
+        def open(self):
+            def example(number):
+                if number in bad:
+                    raise error(f"{number} is broken")
+                return Example(str(number), text=f"text {number}")
+
+            return Opened(range(count), example, "broken")
+
+    return Broken(examples=())
+
+
+def test_a_text_that_cannot_be_read_is_left_out_and_told():
+    log = Record()
+    assert len(sampled(broken(3), log=log).texts) == 9
+    assert [values[1] for values in log.said["warning"]] == ["left out: 3 is broken"]
+
+
+def test_too_many_texts_that_cannot_be_read_are_refused():
+    with pytest.raises(
+        DataError, match="2 of the first 6 examples of a source cannot be used, .*: 5 is broken"
+    ):
+        sampled(broken(3, 5))
+
+
+def test_a_corpus_that_changed_while_it_was_read_is_refused():
+    with pytest.raises(ChangedError, match="3 is broken"):
+        sampled(broken(3, error=ChangedError))
 
 
 def test_a_corpus_without_texts_is_refused():

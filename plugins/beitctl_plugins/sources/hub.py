@@ -1,37 +1,30 @@
 """Data sets of the Hugging Face Hub."""
 
 import contextlib
-import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from beitctl.api import Example, Plugin
+from beitctl.api import Plugin
 from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl.report.progress import on_terminal
-from beitctl_plugins.sources import opened as sources
-from beitctl_plugins.sources import table_files, table_rows
+from beitctl_plugins.sources import hub_rows, table_files, table_rows
 from beitctl_plugins.sources.hub_files import Streamed, Urls
-from beitctl_plugins.sources.metadata import captions_in
 from beitctl_plugins.sources.opened import Opened, check_share
-from beitctl_plugins.sources.rows import Counting, Files, UnusableError
-from beitctl_plugins.sources.table_files import BROKEN, one_line
+from beitctl_plugins.sources.rows import Files
+from beitctl_plugins.sources.table_files import InGroups, one_line
 from beitctl_plugins.sources.table_rows import Columns, Judge
 
 TIMEOUT = 10.0
 """Seconds to wait for the Hub's first answer."""
-BATCH = 1024
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "sentence")
 TEXT_COLUMNS = ("text", "content", "document", "body")
 """Names of columns that are looked for, best first."""
@@ -114,22 +107,27 @@ class Hub(Plugin):
         data = data.select_columns(columns.names())
         judged = replace(columns, label=self.label, need_caption=bool(self.caption))
         judge = Judge(judged, classes.get(columns.label, []), str(self._folder() or ""))
-        good, lengths, key, problems = self._judged(data, judge)
+        where = f"{self.dataset}/{self.split}"
+        good, lengths, key, problems = hub_rows.judged(data, judge, where)
         check_share(Path(self.dataset), problems, len(good), self.max_bad_share)
-        if columns.id:
-            names = [
-                str(name) for part in _batches(data, [columns.id]) for name in part.column(0).to_pylist()
-            ]
-            if len({names[row] for row in good.tolist()}) < len(good):
-                raise DataError(
-                    f"{self.dataset}: rows with the same '{columns.id}'; name another column or none"
-                )
+        if columns.id and hub_rows.repeated(data, columns.id, good):
+            raise DataError(f"{self.dataset}: rows with the same '{columns.id}'; name another column or none")
         files = Files(file["filename"] for file in data.cache_files)
-        rows = _Loaded(data, files)
-        example = functools.partial(self._example, columns, classes.get(columns.label, []), rows)
+        reader = self._reader(
+            columns, classes, lambda names: hub_rows.Loaded(data.select_columns(names), files)
+        )
         sized = lengths if columns.caption or columns.text else None
-        key = digest(key, self._settings(columns))
-        return Opened(good, example, key.hex(), problems, lengths=sized)  # type: ignore[arg-type]
+        key = digest(key, judge.named.key(), self._settings(columns))
+        return Opened(
+            good,  # type: ignore[arg-type]
+            reader.example,
+            key.hex(),
+            problems,
+            lengths=sized,
+            labelled=reader.label if columns.label else None,
+            worded=reader.words if sized is not None else None,
+            state=files.state(),
+        )
 
     def _loaded(self) -> tuple[Any, dict[str, list[str]]]:
         """The data set with encoded pictures, and the names of the classes of its columns."""
@@ -152,30 +150,6 @@ class Hub(Plugin):
                 data = data.cast_column(column, datasets.Image(decode=False))
         return data, _classes(data.features)
 
-    def _judged(
-        self, data: Any, judge: Judge
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], bytes, list[str]]:
-        """Usable rows, lengths of their texts, a hash of all rows, and what was left out."""
-        small = data.data.nbytes <= sources.SMALL_BYTES
-        good, lengths, problems = [], [], list[str]()
-        key, first = b"", 0
-        names = judge.columns.names()
-        with Counting(self.dataset) as counting:
-            for batch in _batches(data, data.column_names):
-                why, sizes = judge.rows(batch.select(names))
-                fine = why == table_rows.CHOSEN
-                good.append(first + np.flatnonzero(fine))
-                lengths.append(sizes[fine])
-                for row in np.flatnonzero(~fine).tolist():
-                    reason = judge.columns.why(int(why[row]))
-                    problems.append(f"{self.dataset}/{self.split}[{first + row}]: {reason}")
-                key = digest(key, *_content(batch, small))
-                first += batch.num_rows
-                counting.at(first)
-        if not first:
-            raise DataError(f"{self.dataset}: no row in '{self.split}'; correct 'split'")
-        return np.concatenate(good), np.concatenate(lengths), key, problems
-
     def _stream(self) -> Opened:
         from datasets import Features  # noqa: PLC0415
 
@@ -186,16 +160,39 @@ class Hub(Plugin):
         features = features or Features.from_arrow_schema(schema)
         columns = self._columns(features, schema)
         table_rows.check_types(self.dataset, schema, columns)
-        rows = Streamed(files, counts, columns.names())
-        example = functools.partial(self._example, columns, _classes(features).get(columns.label, []), rows)
+        reader = self._reader(columns, _classes(features), lambda names: Streamed(files, counts, names))
         names = [os.path.relpath(url, self.dataset) if "://" not in url else url for url in urls]
         key = digest(*names, files.sizes.tobytes(), counts.tobytes(), self._settings(columns)).hex()
-        total = int(counts[:, 2].sum())
-        if not total:
+        rows = counts[:, 2].tolist()
+        if not sum(rows):
             raise DataError(f"{self.dataset}: no row in '{self.split}'; correct 'split'")
-        shards = [count for count in counts[:, 2].tolist() if count]
-        window = table_files.window(int(files.sizes.sum()), total)
-        return Opened(range(total), example, key, shards=shards, window=window)
+        sizes = files.group_sizes(columns.names())
+        return InGroups(
+            range(sum(rows)),
+            reader.example,
+            key,
+            shards=[count for count in rows if count],
+            window=table_files.window(sizes, rows),
+            labelled=reader.label if columns.label else None,
+            worded=reader.words if columns.caption or columns.text else None,
+            state=key if any("://" in url for url in urls) else Files(urls).state(),
+            notes=table_files.notes(self.dataset, sizes),
+        )
+
+    def _reader(
+        self, columns: Columns, classes: Mapping[str, list[str]], rows: Callable[[list[str]], hub_rows.Rows]
+    ) -> hub_rows.Reader:
+        return hub_rows.Reader(
+            f"{self.dataset}/",
+            self.split,
+            self._folder(),
+            columns,
+            classes.get(columns.label, []),
+            bool(self.caption),
+            rows(columns.names()),
+            rows(columns.label_names()),
+            rows(columns.word_names()),
+        )
 
     def _parquet_files(self) -> tuple[list[str], Any]:
         """Addresses of the Parquet files, and the features if they are known."""
@@ -320,77 +317,9 @@ class Hub(Plugin):
     def _settings(self, columns: Columns) -> str:
         return f"{self.split} {columns.image} {columns.caption} {columns.label} {columns.text} {columns.id}"
 
-    def _example(
-        self, columns: Columns, classes: Sequence[str], rows: "_Loaded | Streamed", place: int
-    ) -> Example:
-        cells = rows.cells(int(place))
-        name = f"{self.split}[{place}]"
-        where = f"{self.dataset}/{name}"
-        image = self._picture(cells[columns.image], where) if columns.image else None
-        text = cells[columns.text].strip() if columns.text and isinstance(cells[columns.text], str) else None
-        if columns.text and not text:
-            raise DataError(f"{where}: no text in '{columns.text}'")
-        captions: tuple[str, ...] = ()
-        if columns.caption:
-            try:
-                captions = captions_in(cells[columns.caption])
-            except UnusableError as error:
-                if self.caption:
-                    raise DataError(f"{where}: {error}") from error
-        label = cells.get(columns.label)
-        if isinstance(label, int) and classes:
-            label = classes[label] if 0 <= label < len(classes) else None
-        own = str(cells[columns.id]) if columns.id else name
-        return Example(own, image, captions, text, None if label is None else str(label))
-
-    def _picture(self, cell: Any, where: str) -> bytes | Path:
-        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
-        if isinstance(data, bytes) and data:
-            return data
-        folder = self._folder()
-        if isinstance(path, str) and path and (os.path.isabs(path) or folder):
-            return Path(folder or "", path)
-        raise DataError(f"{where}: no picture in it")
-
-
-class _Loaded:
-    """Rows of a data set on disk, memory-mapped."""
-
-    def __init__(self, data: Any, files: Files) -> None:
-        self.data, self.files = data, files
-
-    def cells(self, place: int) -> dict[str, Any]:
-        """One row."""
-        if count := len(self.files.paths):
-            self.files.unchanged(place % count)  # one in turn, as there may be thousands
-        try:
-            found: dict[str, Any] = self.data[place]
-        except BROKEN as error:
-            raise DataError(
-                f"row {place} cannot be read ({one_line(error)}); download the set again"
-            ) from error
-        return found
-
 
 def _classes(features: Mapping[str, Any]) -> dict[str, list[str]]:
     """Names of the classes of every column that has some."""
     return {
         name: list(feature.names) for name, feature in features.items() if getattr(feature, "names", None)
     }
-
-
-def _batches(data: Any, columns: Sequence[str]) -> Iterator[Any]:
-    """Columns of a data set as record batches."""
-    for table in data.select_columns(list(columns)).with_format("arrow").iter(batch_size=BATCH):
-        yield from table.combine_chunks().to_batches()
-
-
-def _content(batch: Any, small: bool) -> Iterator[str | bytes]:
-    """What identifies the rows of a batch: texts and numbers, and of pictures their sizes or all bytes."""
-    for name in batch.schema.names:
-        cells = batch.column(name)
-        if table_rows.is_picture(cells.type) and not small:
-            data = pc.struct_field(cells, "bytes") if pa.types.is_struct(cells.type) else cells
-            yield str(pc.binary_length(data).to_pylist())
-        else:
-            yield repr(cells.to_pylist())

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from beitctl.data.arrays import Texts, cached
 from beitctl.data.order import digest
 from beitctl.errors import ChangedError, DataError
 from beitctl_plugins.sources.rows import Counting, Files
-from beitctl_plugins.sources.table_files import BROKEN, Groups, one_line
+from beitctl_plugins.sources.table_files import BROKEN, Groups, column_sizes, one_line
 
 FOOTERS = 16
 """Footers of Parquet files that are read at the same time."""
@@ -30,6 +31,8 @@ class Urls(Files):
         self.paths = Texts.of(urls)
         self.sizes = np.zeros(len(urls), np.int64)
         self._schema: Any = None
+        self._columns: dict[str, NDArray[np.int64]] = {}
+        """Bytes in memory of each column of each group."""
 
     def unchanged(self, file: int) -> str:
         """The address: what lies there is compared when it is opened."""
@@ -41,9 +44,16 @@ class Urls(Files):
     def index(self) -> NDArray[np.int64]:
         """File, number in it and rows of each row group; from the cache if the files can never change."""
         fixed = all(re.match(r"hf://[^@]+@[0-9a-f]{40}/", url) for url in self.paths)
-        found = cached("hub", digest(1, *self.paths).hex(), self._read) if fixed else self._read()
+        found = cached("hub", digest(2, *self.paths).hex(), self._read) if fixed else self._read()
         self.sizes = found["sizes"]
+        names = Texts(found["columns"], found["column_ends"])
+        self._columns = dict(zip(names, found["bytes"], strict=True))
         return found["groups"]
+
+    def group_sizes(self, columns: Sequence[str]) -> list[int]:
+        """Bytes in memory of some columns of each group, about."""
+        sizes = [self._columns[name] for name in columns if name in self._columns]
+        return np.sum(sizes, axis=0).tolist() if sizes else []
 
     def schema(self) -> Any:
         """Columns of the first file."""
@@ -75,26 +85,37 @@ class Urls(Files):
             raise ChangedError(f"{url}: removed since it was opened; put it back, or start again") from error
 
     def _read(self) -> dict[str, NDArray[np.int64]]:
+        found: list[tuple[int, list[tuple[int, dict[str, int]]]]] = []
         with Counting("Parquet files") as counting, ThreadPoolExecutor(FOOTERS) as pool:
-            found = []
-            for size, rows in pool.map(self._footer, range(len(self.paths))):
-                found.append((size, rows))
+            for footer in pool.map(self._footer, range(len(self.paths))):
+                found.append(footer)
                 counting.at(len(found))
-        groups = [
-            (file, group, count) for file, (_, rows) in enumerate(found) for group, count in enumerate(rows)
+        every = [
+            (file, group, *row) for file, (_, rows) in enumerate(found) for group, row in enumerate(rows)
         ]
-        sizes = np.array([size for size, _ in found], np.int64)
-        return {"sizes": sizes, "groups": np.array(groups, np.int64).reshape(-1, 3)}
+        names = list(dict.fromkeys(name for *_, columns in every for name in columns))
+        packed = Texts.of(names)
+        return {
+            "sizes": np.array([size for size, _ in found], np.int64),
+            "groups": np.array([row[:3] for row in every], np.int64).reshape(-1, 3),
+            "columns": packed.block,
+            "column_ends": packed.ends,
+            "bytes": np.array([[row[3].get(name, 0) for row in every] for name in names], np.int64),
+        }
 
-    def _footer(self, number: int) -> tuple[int, list[int]]:
+    def _footer(self, number: int) -> tuple[int, list[tuple[int, dict[str, int]]]]:
+        """Size of a file, and of each group the rows and the bytes of its columns."""
         with self.file(number) as file:
             try:
-                footer = pq.ParquetFile(file).metadata
+                footer = pq.ParquetFile(file)
+                counts = [footer.metadata.row_group(g).num_rows for g in range(footer.num_row_groups)]
+                sizes = [Counter[str]() for _ in counts]
+                for total, group in zip(sizes, column_sizes(footer), strict=True):
+                    for name, size in group:
+                        total[name] += size
             except BROKEN as error:
                 raise DataError(f"{self.paths[number]}: cannot be read ({one_line(error)})") from error
-            return int(file.size), [
-                footer.row_group(group).num_rows for group in range(footer.num_row_groups)
-            ]
+            return int(file.size), [(count, dict(total)) for count, total in zip(counts, sizes, strict=True)]
 
 
 class _UrlGroups(Groups):

@@ -24,6 +24,7 @@ from beitctl_plugins.sources.rows import (
     printable,
     short,
 )
+from beitctl_plugins.sources.wording import listed
 
 NAME = "file_name"
 """Column of the pictures beside the table, by the convention of Hugging Face."""
@@ -141,7 +142,7 @@ class Metadata:
             raise UnusableError(f"expected an object with columns, found {short(row)}")
         name = row.get(NAME)
         if not isinstance(name, str):
-            raise UnusableError(f"no '{NAME}'; the row has {', '.join(row)}")
+            raise UnusableError(f"no '{NAME}'; the row has {listed(row)}")
         place = places.get(name)
         place = places.get(posixpath.normpath(name)) if place is None else place
         if place is None:
@@ -164,9 +165,7 @@ class Metadata:
     def _need(self, columns: set[str]) -> None:
         for wanted, usual in ((self.caption, "caption"), (self.label, "label")):
             if wanted not in (usual, *columns):
-                raise DataError(
-                    f"{self.table.path}: no column '{wanted}'; it has {', '.join(sorted(columns))}"
-                )
+                raise DataError(f"{self.table.path}: no column '{wanted}'; it has {listed(sorted(columns))}")
 
 
 def found_in(root: Path, setting: str, problems: list[str]) -> Path | None:
@@ -183,7 +182,7 @@ def found_in(root: Path, setting: str, problems: list[str]) -> Path | None:
                 "relative to the folder"
             )
         if NAME not in (row := first_row(path)):
-            raise DataError(f"{path}: no column '{NAME}'; it has {', '.join(row) or 'no row'}")
+            raise DataError(f"{path}: no column '{NAME}'; it has {listed(row)}")
         return path
     found = [path for kind in ("csv", "jsonl") if (path := root / f"metadata.{kind}").is_file()]
     if len(found) > 1:

@@ -27,14 +27,33 @@ class Opened:
     """Sizes of the runs of rows that lie together on disk; empty: any row is read as fast as any other."""
     lengths: Any = None
     """(n,) ints that grow with the length of each text, or None."""
+    labelled: Callable[[Any], str | None] | None = None
+    """Class of a row without the rest of it; None: reading the whole example is as fast."""
     window: int = 0
     """Most examples to mix with one another, where more would need more shards than memory holds; 0: many."""
+    worded: Callable[[Any], tuple[str, ...]] | None = None
+    """Captions and text of a row without its picture; None: reading the whole example is as fast."""
+    state: str = ""
+    """Changes whenever a file was touched, unlike the fingerprint; for caches."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
         return self.example(self.rows[index])
+
+    def label(self, index: int) -> str | None:
+        """Class of an example, without its picture where that is faster."""
+        return self.labelled(self.rows[index]) if self.labelled else self[index].label
+
+    def words(self, index: int) -> tuple[str, ...]:
+        """Captions of an example, then its text, without its picture where that is faster."""
+        return self.worded(self.rows[index]) if self.worded else words_of(self[index])
+
+
+def words_of(example: Example) -> tuple[str, ...]:
+    """Captions of an example, then its text if it has one."""
+    return (*example.captions, *([example.text] if example.text else []))
 
 
 def existing(path: Path) -> Path:

@@ -23,6 +23,7 @@ from beitctl_plugins.sources.metadata import Grouped, captions_in
 from beitctl_plugins.sources.opened import Opened, check_share, existing
 from beitctl_plugins.sources.parquet import Parquet
 from beitctl_plugins.sources.rows import Row, Table, UnusableError, encoded, picture_bytes, short
+from beitctl_plugins.sources.wording import listed
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".tsv")
 BATCH = 1024
@@ -55,14 +56,15 @@ class Pairs(Plugin):
 
     @classmethod
     def guess(cls, path: Path) -> tuple[int, dict[str, Any]] | None:
-        """Tables whose first row has a column of pictures and one of captions."""
+        """Tables whose first row has a column of pictures and one of captions; others by name only."""
         if path.suffix.lower() not in rows.ENDINGS or not path.is_file():
             return None
         row = metadata.first_row(path)
         image = metadata.column(row, metadata.IMAGE_COLUMNS)
         caption = metadata.column(row, metadata.CAPTION_COLUMNS)
         if not image or not caption or not isinstance(row[image], str):
-            return None
+            doubtful = not row or image or path.suffix.lower() in (".csv", ".tsv")
+            return (1, {"path": str(path)}) if doubtful and path.suffix.lower() != ".json" else None
         label = metadata.column(row, metadata.LABEL_COLUMNS)
         found = {"path": str(path), "image": image, "caption": caption} | ({"label": label} if label else {})
         return 5, found
@@ -134,7 +136,7 @@ class Pairs(Plugin):
             schema = pq.read_schema(path)
         for column in (self.image, self.caption, *([self.label] if self.label else []), *self.where):
             if column not in schema.names:
-                raise DataError(f"{path}: no column '{column}'; it has {', '.join(schema.names)}")
+                raise DataError(f"{path}: no column '{column}'; it has {listed(schema.names)}")
         kind = schema.field(self.image).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         return bool(
@@ -168,7 +170,7 @@ class Pairs(Plugin):
             raise UnusableError(f"expected an object with columns, found {short(row)}")
         for column in (self.image, self.caption, *([self.label] if self.label else [])):
             if row.get(column) is None:
-                raise UnusableError(f"no '{column}'; the row has {', '.join(row)}")
+                raise UnusableError(f"no '{column}'; the row has {listed(row)}")
         captions = captions_in(row[self.caption])
         picture = row[self.image]
         if isinstance(picture, dict):  # as Hugging Face datasets write it

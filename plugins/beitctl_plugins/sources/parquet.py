@@ -1,9 +1,7 @@
 """Rows of Parquet and Arrow files."""
 
 import dataclasses
-import itertools
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,17 +14,15 @@ from pydantic import Field, model_validator
 from beitctl.api import Example, Plugin
 from beitctl.errors import DataError
 from beitctl_plugins.sources import opened as sources
-from beitctl_plugins.sources import table_files, table_rows
-from beitctl_plugins.sources.metadata import CAPTION_COLUMNS, IMAGE_COLUMNS
-from beitctl_plugins.sources.opened import Opened, check_share, fingerprint
+from beitctl_plugins.sources import table_files, table_guess, table_rows
+from beitctl_plugins.sources.opened import check_share, fingerprint
 from beitctl_plugins.sources.rows import Counting, Files
 from beitctl_plugins.sources.shards import Shard, shards
-from beitctl_plugins.sources.table_files import ENDINGS, Groups, TableFile
-from beitctl_plugins.sources.table_rows import Columns, Judge
+from beitctl_plugins.sources.table_files import ENDINGS, Groups, InGroups, TableFile
+from beitctl_plugins.sources.table_rows import Columns, Judge, Named
 
 LIGHT_ROWS, PICTURE_ROWS = 4096, 64
 """Rows that are judged at a time, without and with their pictures."""
-GUESS_FILES = 1000
 ROW_BITS = 32
 
 
@@ -75,18 +71,10 @@ class Parquet(Plugin):
 
     @classmethod
     def guess(cls, path: Path) -> tuple[int, dict[str, Any]] | None:
-        """A table with pictures or prose, or a folder in which most files are tables."""
-        file = path if path.is_file() and path.name.lower().endswith(ENDINGS) else _first_table(path)
-        if file is None:
-            return None
-        try:
-            schema = table_files.opened(file).schema
-        except DataError:
-            return None
-        table = _guessed(schema)
-        return (4, {"path": str(path), **table}) if table else None
+        """A table with pictures or prose, or a folder in which most files are tables; others by name only."""
+        return table_guess.guess(path)
 
-    def open(self) -> Opened:
+    def open(self) -> InGroups:
         """Read footers and light columns, and judge every row.
 
         Raises:
@@ -117,14 +105,19 @@ class Parquet(Plugin):
         check_share(self.path, found.problems, len(rows), self.max_bad_share)
         settings = self.model_dump_json(exclude={"path", "root", "max_bad_share"})
         reader = _Reader(self, columns or Columns(), files, found)
-        return Opened(
+        spoken = reader.columns.caption or reader.columns.text
+        return InGroups(
             rows,  # type: ignore[arg-type]
             reader.example,
-            fingerprint([(file.name, file.path) for file in files], settings),
+            fingerprint([(file.name, file.path) for file in files], settings, found.beside.key()),
             found.problems,
             [count for count in found.usable if count],
-            found.lengths() if reader.columns.caption or reader.columns.text else None,
-            table_files.window(sum(file.size for file in files), found.count),
+            found.lengths() if spoken else None,
+            reader.label if reader.columns.label else None,
+            table_files.window(found.sizes, found.usable),
+            reader.words if spoken else None,
+            reader.tables.files.state(),
+            table_files.notes(self.path, found.sizes),
         )
 
     def _columns(self, schema: Any) -> Columns:
@@ -148,12 +141,13 @@ class Parquet(Plugin):
         binary = table_rows.is_binary(kind) or pa.types.is_struct(kind)
         leaf = f"{columns.image}.bytes" if pa.types.is_struct(kind) else columns.image
         before = 0
+        found.sizes += table.sizes(columns.names())
         for group, count in enumerate(table.counts):
             has_bytes = binary and not found.small and table.nulls(group, leaf) == 0
             read = [name for name in columns.names() if name != columns.image or not has_bytes]
             if has_bytes and pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
                 read.append(f"{columns.image}.path")
-            judge = Judge(columns, names, self._root(file), has_bytes)
+            judge = Judge(columns, names, self._root(file), has_bytes, found.beside)
             heavy = binary and not has_bytes
             start = before
             for batch in table.batches(group, read, PICTURE_ROWS if heavy else LIGHT_ROWS):
@@ -190,6 +184,8 @@ class _Found:
     """File, number in it, and rows before it."""
     usable: list[int] = field(default_factory=list)
     """Usable rows of each group."""
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of the needed columns of each group."""
     parts: list[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]] = field(default_factory=list)
     """Rows, lengths and names of pieces of groups."""
     bad: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -197,6 +193,8 @@ class _Found:
     why: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, np.int8))
     names: list[list[str]] = field(default_factory=list)
     """Names of the classes, by file."""
+    beside: Named = field(default_factory=Named)
+    """Pictures that the rows name."""
     count: int = 0
     before: int = 0
 
@@ -250,9 +248,10 @@ class _Reader:
     def __init__(self, source: Parquet, columns: Columns, files: Sequence[Shard], found: _Found) -> None:
         self.source, self.columns, self.files, self.names = source, columns, files, found.names
         self.groups = np.array(found.groups, np.int64).reshape(-1, 3)
-        self.tables = Groups(
-            Files(str(file.path) for file in files), dataclasses.replace(columns, where={}).names()
-        )
+        paths = Files(str(file.path) for file in files)
+        self.tables = Groups(paths, dataclasses.replace(columns, where={}).names())
+        self.classes = Groups(paths, columns.label_names())
+        self.prose = Groups(paths, columns.word_names())
         twice = found.twice()
         if columns.id and twice:
             self._refuse(*(self._at(int(found.rows()[place])) for place in twice))
@@ -269,11 +268,11 @@ class _Reader:
                 "set another column or none as 'id'"
             )
 
-    def _at(self, place: int) -> "_Place":
-        """Where a row lies."""
+    def _at(self, place: int, tables: Groups | None = None) -> "_Place":
+        """Where a row lies, in the group of all columns or of some."""
         file, group, before = (int(number) for number in self.groups[place >> ROW_BITS])
         row = place & (2**ROW_BITS - 1)
-        return _Place(self.tables.table(file, group), row, file, before + row + 1)
+        return _Place((tables or self.tables).table(file, group), row, file, before + row + 1)
 
     def _where(self, file: int, row: int) -> str:
         return f"{self.files[file].path}:{row}"
@@ -285,22 +284,52 @@ class _Reader:
             ChangedError: the file is not what it was.
             DataError: the row cannot be read.
         """
-        table, row, file, line = self._at(int(place))
-        try:
-            cells = {name: table.column(name)[row].as_py() for name in self.tables.columns}
-        except table_files.BROKEN as error:
-            reason = table_files.one_line(error)
-            raise DataError(f"{self._where(file, line)}: cannot be read ({reason})") from error
+        found = self._at(int(place))
+        cells, file, line = self._cells(found, self.tables), found.file, found.line
         columns = self.columns
         image, path = self._picture(cells.get(columns.image), file, line)
         own = str(cells[columns.id]) if columns.id else path if self.by_path else ""
         return Example(
             own or f"{self.files[file].name}:{line}",
             image,
-            tuple(_captions(cells.get(columns.caption))),
-            cells[columns.text].strip() if columns.text else None,
+            *self._words(cells),
             self._label(cells.get(columns.label), self.names[file]),
         )
+
+    def label(self, place: int) -> str | None:
+        """Class of one row; reads no other column.
+
+        Raises:
+            ChangedError: the file is not what it was.
+            DataError: the row cannot be read.
+        """
+        found = self._at(int(place), self.classes)
+        return self._label(found.table.column(self.columns.label)[found.row].as_py(), self.names[found.file])
+
+    def words(self, place: int) -> tuple[str, ...]:
+        """Captions and text of one row; reads no other column.
+
+        Raises:
+            ChangedError: the file is not what it was.
+            DataError: the row cannot be read.
+        """
+        found = self._at(int(place), self.prose)
+        captions, text = self._words(self._cells(found, self.prose))
+        return (*captions, *([text] if text else []))
+
+    def _cells(self, found: "_Place", tables: Groups) -> dict[str, Any]:
+        try:
+            return {name: found.table.column(name)[found.row].as_py() for name in tables.columns}
+        except table_files.BROKEN as error:
+            reason = table_files.one_line(error)
+            raise DataError(f"{self._where(found.file, found.line)}: cannot be read ({reason})") from error
+
+    def _words(self, cells: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
+        """Captions, and the text."""
+        columns = self.columns
+        return tuple(_captions(cells.get(columns.caption))), cells[
+            columns.text
+        ].strip() if columns.text else None
 
     def _picture(self, cell: Any, file: int, line: int) -> tuple[bytes | Path | None, str]:
         """Picture and path in a cell."""
@@ -326,48 +355,3 @@ def _captions(cell: Any) -> Iterator[str]:
     for caption in cell if isinstance(cell, list) else [cell]:
         if caption and caption.strip():
             yield " ".join(caption.split())
-
-
-def _first_table(folder: Path) -> Path | None:
-    """The first table of a folder in which most files are tables; its folders count too, to the second."""
-    if not folder.is_dir():
-        return None
-    try:
-        found = itertools.islice(
-            itertools.chain(_files(folder), *map(_files, sorted(_folders(folder)))), GUESS_FILES
-        )
-        names = [path for path in found if not path.name.startswith(".")]
-    except OSError:
-        return None
-    tables = [path for path in names if path.name.lower().endswith(ENDINGS)]
-    return min(tables) if len(tables) * 2 > len(names) else None
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    with os.scandir(folder) as found:
-        yield from (Path(entry.path) for entry in found if entry.is_file())
-
-
-def _folders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as found:
-        return [Path(entry.path) for entry in itertools.islice(found, GUESS_FILES) if entry.is_dir()]
-
-
-def _guessed(schema: Any) -> dict[str, Any]:
-    """Settings for the columns of a table; empty if it has neither pictures nor prose."""
-    kinds = {name: schema.field(name).type for name in schema.names}
-    pictures = [name for name, kind in kinds.items() if table_rows.is_picture(kind)]
-    texts = [name for name, kind in kinds.items() if table_rows.is_text(kind)]
-    captions = texts + [name for name, kind in kinds.items() if table_rows.is_list(kind)]
-    paths = [name for name in IMAGE_COLUMNS if name in texts and name != "url"]
-    image = "image" if "image" in pictures else next(iter([*pictures, *paths]), "")
-    if not image:
-        return {"text": "text"} if "text" in texts else {}
-    table = {} if image == "image" else {"image": image}
-    caption = next((name for name in CAPTION_COLUMNS if name in captions), "")
-    if caption and caption not in ("caption", "captions"):
-        table["caption"] = caption
-    label = next(
-        (name for name in ("label", "fine_label", "class") if table_rows.class_names(schema, name)), ""
-    )
-    return {"image": image} | table | ({"label": label} if label else {})

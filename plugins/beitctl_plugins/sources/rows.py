@@ -19,6 +19,7 @@ from beitctl.data.order import digest
 from beitctl.errors import ChangedError, DataError
 from beitctl.report.progress import on_terminal
 from beitctl_plugins.sources import opened
+from beitctl_plugins.sources.wording import cut
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -53,13 +54,15 @@ class _Handle:
     """An open file, closed when nobody reads it any more."""
 
     number = -1
+    close = staticmethod(os.close)
+    """Kept, as the module os may be gone when the interpreter ends."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
         if self.number >= 0:
-            os.close(self.number)
+            self.close(self.number)
 
 
 class Files:
@@ -79,6 +82,10 @@ class Files:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
+
+    def state(self) -> str:
+        """Hash that changes whenever one of them was touched."""
+        return digest(self.sizes.tobytes(), self.modified.tobytes()).hex()
 
     def read(self, file: int, start: int, end: int) -> bytes:
         """Bytes of a file.
@@ -337,11 +344,10 @@ def picture_bytes(path: str) -> int:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
-        raise UnusableError(f"no picture {path}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise UnusableError(f"no picture {path}")
-    if not status.st_size:
-        raise UnusableError(f"empty picture {path}")
+        raise UnusableError(f"no picture {cut(path)}") from error
+    regular = stat.S_ISREG(status.st_mode)
+    if not regular or not status.st_size:
+        raise UnusableError(f"{'empty' if regular else 'no'} picture {cut(path)}")
     return status.st_size
 
 

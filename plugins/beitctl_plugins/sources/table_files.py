@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -13,11 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beitctl.errors import DataError
+from beitctl_plugins.sources.opened import Opened
 from beitctl_plugins.sources.rows import Files
 
 ENDINGS = (".parquet", ".arrow", ".feather")
 MOST_CACHED = 256 * 2**20
-"""Bytes of row groups that a process keeps; the last one is kept whatever its size."""
+"""Bytes of row groups that a process keeps; beside these, the last two of those that are over half of it."""
+MOST_PIECE, FEW_ROWS = 64 * 2**20, 64
+"""Bytes of the rows that are decoded at a time, and the least number of them."""
+BOMB_BYTES, BOMB_FACTOR = 256 * 2**20, 16
+"""Larger groups that are so many times larger than their file are refused."""
 MOST_OPEN = 16
 """Files that a process keeps open."""
 BROKEN = (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError, TypeError, MemoryError)
@@ -39,6 +45,10 @@ class TableFile(Protocol):
         """Empty cells of a column, where that is known without reading it."""
         ...
 
+    def sizes(self, columns: Sequence[str]) -> list[int]:
+        """Bytes in memory of the columns of each group, about."""
+        ...
+
 
 class ParquetTable:
     """An open Parquet file."""
@@ -53,8 +63,9 @@ class ParquetTable:
         """Columns of a row group in pieces; pieces also keep structs of more than 2 GB readable."""
         if not columns:
             return iter([pa.RecordBatch.from_struct_array(pa.nulls(self.counts[group], pa.struct([])))])
-        return iter(  # on this thread alone: forked processes have no others
-            self._file.iter_batches(size, row_groups=[group], columns=list(columns), use_threads=False)
+        few = min(size, FEW_ROWS)  # on this thread alone: forked processes have no others
+        return _joined(
+            self._file.iter_batches(few, row_groups=[group], columns=list(columns), use_threads=False), size
         )
 
     def nulls(self, group: int, column: str) -> int | None:
@@ -66,6 +77,10 @@ class ParquetTable:
                 known = chunk.is_stats_set and chunk.statistics.has_null_count
                 return int(chunk.statistics.null_count) if known else None
         return None
+
+    def sizes(self, columns: Sequence[str]) -> list[int]:
+        """As the footer says."""
+        return [sum(size for name, size in group if name in columns) for group in column_sizes(self._file)]
 
 
 class ArrowTable:
@@ -113,6 +128,33 @@ class ArrowTable:
         """Not known: reading it costs nothing, for it is memory-mapped."""
         return None
 
+    def sizes(self, columns: Sequence[str]) -> list[int]:
+        """The part of the file that the rows of each group are."""
+        return [self._source.size() * count // max(1, sum(self.counts)) for count in self.counts]
+
+
+def column_sizes(file: Any) -> Iterator[list[tuple[str, int]]]:
+    """Names and uncompressed bytes of the columns of each row group of a Parquet file."""
+    leaves = [file.schema.column(place) for place in range(len(file.schema))]
+    names = [leaf.path.split(".")[0] for leaf in leaves]
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        yield [(name, group.column(place).total_uncompressed_size) for place, name in enumerate(names)]
+
+
+def _joined(batches: Iterator[Any], rows: int) -> Iterator[Any]:
+    """Batches of at most so many rows; of fewer where they would be long, as cells of a few bytes can be."""
+    kept: list[Any] = []
+    size = count = 0
+    for batch in batches:
+        if kept and (count + batch.num_rows > rows or size + batch.nbytes > MOST_PIECE):
+            yield kept[0] if len(kept) == 1 else pa.concat_batches(kept)
+            kept, size, count = [], 0, 0
+        kept.append(batch)
+        size, count = size + batch.nbytes, count + batch.num_rows
+    if kept:
+        yield kept[0] if len(kept) == 1 else pa.concat_batches(kept)
+
 
 def opened(path: Path) -> TableFile:
     """A file by its ending.
@@ -131,9 +173,47 @@ def opened(path: Path) -> TableFile:
     return found
 
 
-def window(size: int, rows: int) -> int:
-    """Most rows to mix at a time so that their groups stay in memory, for files of some size in all."""
-    return max(1, MOST_CACHED // 2 * rows // max(1, size))
+@dataclass(frozen=True)
+class InGroups(Opened):
+    """Opened rows that are read by the group."""
+
+    notes: Sequence[str] = ()
+    """What could be better about the files."""
+
+
+def window(sizes: Sequence[int], rows: Sequence[int]) -> int:
+    """Most rows to mix at a time so that their groups stay in memory; 0: any number.
+
+    A window may begin and end inside of a group. Where only two groups fit, it is therefore no longer than
+    the shortest of the large ones.
+
+    Args:
+        sizes: bytes of each group.
+        rows: usable rows in each.
+    """
+    used = [(size, count) for size, count in zip(sizes, rows, strict=True) if count]
+    total = sum(size for size, _ in used)
+    if not total:
+        return 0
+    most = MOST_CACHED // 2 * sum(count for _, count in used) // total
+    return max(1, min([most, *(count for size, count in used if large(size))]))
+
+
+def large(size: int) -> bool:
+    """Whether a group is so large that only two of its size are kept at a time."""
+    return size > MOST_CACHED // 4
+
+
+def notes(path: object, sizes: Sequence[int]) -> list[str]:
+    """Advice if groups are too large."""
+    most, count = max(sizes, default=0), sum(map(large, sizes))
+    if not count:
+        return []
+    groups = "1 row group is" if count == 1 else f"{count:,} row groups are"
+    return [
+        f"{path}: {groups} larger than {MOST_CACHED >> 22} MB, the largest {most >> 20} MB; they are read "
+        "whole, so training needs much memory and mixes less. `beitctl data pack` writes small ones"
+    ]
 
 
 def one_line(error: BaseException) -> str:
@@ -200,7 +280,16 @@ class Groups:
             self._open.move_to_end(file)
             while len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
-            return pa.Table.from_batches(list(source.batches(group, self.columns, 1024)))
+            pieces, size = [], 0
+            for piece in source.batches(group, self.columns, 1024):
+                pieces.append(piece)
+                size += piece.nbytes
+                if size > max(BOMB_BYTES, BOMB_FACTOR * int(self.files.sizes[file])):
+                    return (
+                        f"{path}: row group {group} has more than {size >> 20} MB, far more than the file; "
+                        "write it anew with smaller groups"
+                    )
+            return pa.Table.from_batches(pieces)
         except BROKEN as error:
             return f"{path}: row group {group} cannot be read ({one_line(error)})"
         except DataError as error:
@@ -208,10 +297,17 @@ class Groups:
 
     def _keep(self, key: tuple[int, int], found: Any) -> None:
         self._cache[key] = found
-        used = sum(table.nbytes for table in self._cache.values() if not isinstance(table, str))
-        while used > MOST_CACHED and len(self._cache) > 1:
-            _, old = self._cache.popitem(last=False)
-            used -= 0 if isinstance(old, str) else old.nbytes
+        sizes = {key: 0 if isinstance(table, str) else table.nbytes for key, table in self._cache.items()}
+        huge = [key for key, size in sizes.items() if size > MOST_CACHED // 2]
+        for old in huge[:-2]:
+            del self._cache[old]
+        small = [key for key in sizes if key not in huge]
+        used = sum(sizes[key] for key in small)
+        for old in small[:-1]:
+            if used <= MOST_CACHED:
+                break
+            del self._cache[old]
+            used -= sizes[old]
 
 
 os.register_at_fork(after_in_child=Groups.renew_all)

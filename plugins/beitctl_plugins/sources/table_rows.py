@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from beitctl.data.order import digest
 from beitctl.errors import DataError
+from beitctl_plugins.sources import opened
 from beitctl_plugins.sources.metadata import CAPTION_BYTES
 from beitctl_plugins.sources.rows import megabytes
+from beitctl_plugins.sources.wording import cut, listed
 
 TEXT_BYTES = 16 * 2**20
 """Longer pieces of prose are left out."""
@@ -40,6 +44,14 @@ class Columns:
         """All of them, each once."""
         found = (self.image, self.caption, self.label, self.text, self.id, *self.where)
         return list(dict.fromkeys(name for name in found if name))
+
+    def label_names(self) -> list[str]:
+        """The column of the class, if there is one."""
+        return [self.label] if self.label else []
+
+    def word_names(self) -> list[str]:
+        """The columns of captions and prose."""
+        return [name for name in (self.caption, self.text) if name]
 
     def why(self, reason: int) -> str:
         """A reason in words."""
@@ -117,9 +129,50 @@ def check_types(path: object, schema: Any, columns: Columns) -> None:
         if not name:
             continue
         if name not in schema.names:
-            raise DataError(f"{path}: no column '{name}'; it has {', '.join(schema.names)}")
-        if not fits(schema.field(name).type):
-            raise DataError(f"{path}: column '{name}' holds {schema.field(name).type}; expected {what}")
+            raise DataError(
+                f"{path}: no column '{name}'; it has {listed(schema.names)}. Name one of them instead"
+            )
+        kind = schema.field(name).type
+        if not fits(kind):
+            raise DataError(f"{path}: column '{name}' holds {cut(str(kind))}; expected {what}")
+
+
+class Named:
+    """Pictures that lie beside a table, by the paths in its rows."""
+
+    def __init__(self) -> None:
+        self._hash, self._bytes, self._paths = b"", 0, list[str]()
+
+    def add(self, root: str, cell: str) -> bool:
+        """Note a picture; says whether it is there."""
+        path = os.path.join(root, cell)
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            return False
+        name = os.path.relpath(path, root) if root and os.path.isabs(cell) else cell
+        self._hash = digest(self._hash, name, status.st_size)
+        self._bytes += status.st_size
+        if self._bytes <= opened.SMALL_BYTES:
+            self._paths.append(path)
+        return True
+
+    def key(self) -> str:
+        """Hash of names and sizes, and of the contents if they are small together.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        parts = [self._hash]
+        for path in self._paths if self._bytes <= opened.SMALL_BYTES else []:
+            try:
+                with open(path, "rb") as file:
+                    parts.append(file.read())
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        return digest(*parts).hex()
 
 
 @dataclass(frozen=True)
@@ -132,6 +185,8 @@ class Judge:
     root: str
     has_bytes: bool = False
     """Whether every cell of the pictures is known to have bytes."""
+    named: Named = field(default_factory=Named)
+    """Takes up the pictures that lie beside the table."""
 
     def rows(self, batch: Any) -> tuple[NDArray[np.int8], NDArray[np.int64]]:
         """What each row is, and how long its text."""
@@ -191,7 +246,7 @@ class Judge:
         yield NO_PICTURE, ~there & ~named
         missing = ~there & named
         for place in np.flatnonzero(missing):
-            missing[place] = not _is_file(os.path.join(self.root, paths[int(place)].as_py()))
+            missing[place] = not self.named.add(self.root, paths[int(place)].as_py())
         yield NO_FILE, missing
 
 
@@ -214,13 +269,6 @@ def as_text(cells: Any) -> Any:
 def hashes(cells: Any) -> NDArray[np.int64]:
     """A number for each cell, equal for equal ones in this process; 0 where there is nothing."""
     return np.fromiter((hash(cell) if cell else 0 for cell in cells.to_pylist()), np.int64, len(cells))
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return os.path.isfile(path)
-    except ValueError:
-        return False
 
 
 def _numpy(cells: Any) -> NDArray[Any]:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import threading
@@ -33,6 +34,8 @@ VERSION = 1
 """Changes when the arrays do, so that older ones in the cache are not read."""
 MOST_HEADER_BYTES = 2**20
 """A header that claims more is broken: names and attributes of a file are never that long."""
+MOST_DIGITS = 300
+"""In a row; names of files have at most 255 characters."""
 MOST_PROCESSES = 4
 QUIET_SECONDS = 2.0
 """The bar appears only when indexing takes longer."""
@@ -186,7 +189,11 @@ class _Headers:
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MOST_HEADER_BYTES:
             raise tarfile.ReadError(f"header of {size} bytes")
-        return self.file.read(size)
+        data = self.file.read(size)
+        # tarfile before Python 3.11.10 searches these for hours (CVE-2024-6232)
+        if size > BLOCK and max(map(len, re.findall(rb"[0-9]+", data)), default=0) > MOST_DIGITS:
+            raise tarfile.ReadError(f"header with a number of more than {MOST_DIGITS} digits")
+        return data
 
 
 @dataclass

@@ -22,10 +22,11 @@ from beitctl.data.arrays import Texts, cached
 from beitctl.data.order import digest
 from beitctl.errors import ChangedError, DataError
 from beitctl_plugins.sources import table_files
-from beitctl_plugins.sources.opened import Opened, check_share
+from beitctl_plugins.sources.opened import check_share
 from beitctl_plugins.sources.rows import Counting, Files, UnusableError, encoded, hashed, lines, megabytes
 from beitctl_plugins.sources.shards import shards
-from beitctl_plugins.sources.table_files import Groups
+from beitctl_plugins.sources.table_files import Groups, InGroups
+from beitctl_plugins.sources.wording import listed
 
 ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 TEXT_COLUMNS = ("text", "content", "body", "document")
@@ -71,9 +72,10 @@ class Text(Plugin):
         inside = _guessed_file(path / fit[0]) if fit else None
         if inside is None:
             return None
-        return 2 if 2 * len(fit) > len(names) else 1, inside[1] | {"path": str(path)}
+        surest = 2 if 2 * len(fit) > len(names) else 1
+        return min(inside[0], surest), inside[1] | {"path": str(path)}
 
-    def open(self) -> Opened:
+    def open(self) -> InGroups:
         """Find every piece.
 
         Raises:
@@ -95,8 +97,20 @@ class Text(Plugin):
         key = hashed(
             corpus.names, corpus.files.sizes, lambda name: str(paths[name]), self.field, self.documents
         )
-        runs = index["runs"].tolist()
-        return Opened(range(count), corpus.example, key, problems, runs, index["lengths"])
+        runs, sizes = index["runs"].tolist(), index["bytes"].tolist()
+        return InGroups(
+            range(count),
+            corpus.example,
+            key,
+            problems,
+            runs,
+            index["lengths"],
+            window=table_files.window(
+                sizes, [run if size else 0 for run, size in zip(runs, sizes, strict=True)]
+            ),
+            state=corpus.files.state(),
+            notes=table_files.notes(path, sizes),
+        )
 
 
 class _Piece(NamedTuple):
@@ -181,7 +195,7 @@ class _Corpus:
         if int(sizes.sum()) > INDEX_BYTES and settled:
             paths = (os.fsencode(os.path.realpath(path)) for path in self.files.paths)
             kept = (sizes.tobytes(), modified.tobytes(), self.settings.field, self.settings.documents)
-            self._index = cached("text", digest(1, *paths, *kept).hex(), self._build)
+            self._index = cached("text", digest(2, *paths, *kept).hex(), self._build)
         else:
             self._index = self._build()
         self._run_ends = np.cumsum(self._index["runs"])
@@ -189,15 +203,16 @@ class _Corpus:
 
     def _build(self) -> dict[str, NDArray[Any]]:
         numbers, starts, ends, lengths = (array("q") for _ in range(4))
-        runs, files, problems = array("q"), array("q"), list[str]()
+        runs, files, sizes, problems = array("q"), array("q"), array("q"), list[str]()
         with Counting("pieces of text") as counting:
             for file in range(len(self.names)):
-                run = -1
+                run, groups = -1, self._group_sizes(file)
                 for part, piece in self._pieces(file, problems):
                     if part != run:
                         run = part
                         runs.append(0)
                         files.append(file)
+                        sizes.append(groups[part] if groups else 0)
                     runs[-1] += 1
                     numbers.append(piece.number)
                     starts.append(piece.start)
@@ -206,8 +221,17 @@ class _Corpus:
                     counting.at(len(numbers))
         listed = Texts.of(problems)
         arrays = {"numbers": numbers, "starts": starts, "ends": ends, "lengths": lengths, "runs": runs}
-        found = {name: np.array(values, np.int64) for name, values in (arrays | {"files": files}).items()}
+        found = {
+            name: np.array(values, np.int64)
+            for name, values in (arrays | {"files": files, "bytes": sizes}).items()
+        }
         return found | {"problems": listed.block, "problem_ends": listed.ends}
+
+    def _group_sizes(self, file: int) -> list[int]:
+        """Bytes of the row groups of a Parquet file."""
+        if _format(self.names[file]) != "parquet":
+            return []
+        return table_files.opened(Path(self.files.paths[file])).sizes([self.settings.field])
 
     def _pieces(self, file: int, problems: list[str]) -> Iterator[tuple[int, _Piece]]:
         """Pieces of a file that are not blank, each with the number of its run."""
@@ -263,7 +287,7 @@ class _Corpus:
         field = self.settings.field
         table = table_files.opened(Path(path))
         if field not in table.schema.names:
-            raise DataError(f"{path}: no column '{field}'; it has {', '.join(table.schema.names)}")
+            raise DataError(f"{path}: no column '{field}'; it has {listed(table.schema.names)}")
         number = 0
         for group in range(len(table.counts)):
             parts = table.batches(group, [field], RUN)
@@ -315,7 +339,8 @@ def _guessed_file(path: Path) -> tuple[int, dict[str, Any]] | None:
             return 2, {"path": str(path)}
         row = json.loads(data.partition(b"\n")[0])
     except (OSError, EOFError, zlib.error, ValueError, RecursionError):
-        return None
+        # nobody else reads these; opening tells what is wrong with them
+        return (1, {"path": str(path)}) if path.name.lower().endswith((".txt", ".gz")) else None
     texts = (
         {key: value for key, value in row.items() if isinstance(value, str)} if isinstance(row, dict) else {}
     )

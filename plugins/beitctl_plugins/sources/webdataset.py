@@ -20,7 +20,7 @@ from beitctl.errors import DataError
 from beitctl_plugins.sources import tar_index
 from beitctl_plugins.sources.metadata import CAPTION_BYTES, captions_in
 from beitctl_plugins.sources.opened import Opened, check_share, fingerprint
-from beitctl_plugins.sources.rows import Files, UnusableError, printable
+from beitctl_plugins.sources.rows import Files, UnusableError, encoded, printable
 from beitctl_plugins.sources.shards import Shard, shards
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -106,13 +106,18 @@ class WebDataset(Plugin):
         check_share(self.path, samples.problems, len(samples.rows), self.max_bad_share)
         firsts = np.cumsum([0, *members.counts])
         settings = self.model_dump_json(exclude={"path", "max_bad_share"})
+        reader = _Reader(self, tars, members, firsts, Files(str(tar.path) for tar in tars))
+        spoken = self.caption or self.text or not {"txt", "json"}.isdisjoint(members.kinds)
         return Opened(
             samples.rows,  # type: ignore[arg-type]
-            _Reader(self, tars, members, firsts, Files(str(tar.path) for tar in tars)).example,
+            reader.example,
             fingerprint([(tar.name, tar.path) for tar in tars], settings),
             samples.problems,
             np.diff(np.searchsorted(samples.rows, firsts)).tolist(),
             samples.lengths,
+            reader.label if self.label else None,
+            worded=reader.words if spoken else None,
+            state=reader.files.state(),
         )
 
     def _samples(self, tars: Sequence[Shard], members: tar_index.Members) -> "_Samples":
@@ -215,11 +220,7 @@ class _Reader:
             ChangedError: the tar is not what it was.
             DataError: the sample cannot be used.
         """
-        place = int(row)
-        number = int(np.searchsorted(self.firsts, place, "right")) - 1
-        tar, key = self.tars[number], self.members.keys[place]
-        sample = _Sample(self, number, place, f"{tar.path}:{printable(key)}")
-        self.files.unchanged(number)
+        sample, tar, key = self._sample(int(row))
         picture = next((sample.parts[kind] for kind in PICTURES if kind in sample.parts), None)
         source = self.source
         name = sample.name(key)
@@ -228,8 +229,38 @@ class _Reader:
             sample.read(*picture) if picture else None,
             sample.captions(source.caption, prose=bool(source.text)),
             sample.words(source.text).strip() if source.text else None,
-            " ".join(sample.words(source.label).split()) if source.label else None,
+            self._label(sample),
         )
+
+    def label(self, row: int) -> str | None:
+        """Class of one sample; reads no more than its member.
+
+        Raises:
+            ChangedError: the tar is not what it was.
+            DataError: it cannot be used.
+        """
+        return self._label(self._sample(int(row))[0])
+
+    def words(self, row: int) -> tuple[str, ...]:
+        """Captions and text of one sample; reads no more than their members.
+
+        Raises:
+            ChangedError: the tar is not what it was.
+            DataError: it cannot be used.
+        """
+        source, sample = self.source, self._sample(int(row))[0]
+        text = [sample.words(source.text).strip()] if source.text else []
+        return (*sample.captions(source.caption, prose=bool(source.text)), *text)
+
+    def _label(self, sample: "_Sample") -> str | None:
+        label = self.source.label
+        return " ".join(sample.words(label).split()) if label else None
+
+    def _sample(self, place: int) -> tuple["_Sample", Shard, str]:
+        number = int(np.searchsorted(self.firsts, place, "right")) - 1
+        tar, key = self.tars[number], self.members.keys[place]
+        self.files.unchanged(number)
+        return _Sample(self, number, place, f"{tar.path}:{printable(key)}"), tar, key
 
 
 class _Sample:
@@ -292,6 +323,10 @@ class _Sample:
                 raise DataError(f"{name}: not UTF-8 ({error.reason})") from error
         if not found.strip():
             raise DataError(f"{name}: blank")
+        try:
+            encoded(found)
+        except UnusableError as error:
+            raise DataError(f"{name}: {error}") from error
         return found
 
     def captions(self, setting: str, prose: bool) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from beitctl.data.order import generator
 from beitctl.data.store import TokenStore
-from beitctl.errors import CheckFailed, DataError
+from beitctl.errors import ChangedError, CheckFailed, DataError
 from beitctl_plugins.stages.tokenizing import Views, Work
 
 LISTED = 20
@@ -104,6 +104,8 @@ def _views(store: TokenStore, work: Work, id: str, place: int | None, found: Com
         return None
     try:
         made = work.views(work.example(place))
+    except ChangedError:
+        raise
     except DataError as error:
         found.gone.append(str(error))
         return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from beitctl.api import Example, Job, Plugin, SourceField, Tools
+from beitctl.data.opening import opened
 from beitctl.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
@@ -61,12 +62,12 @@ class Eval(Plugin):
 
     def plan(self) -> Mapping[str, Any]:
         """What is measured on how many examples."""
-        return {"protocol": self.protocol, "model": self.model, "examples": len(self.source.open())}
+        return {"protocol": self.protocol, "model": self.model, "examples": len(opened(self.source))}
 
     def inputs_fingerprint(self) -> str:
         """Hash of the data."""
-        other = self.reference.open().fingerprint if self.reference else ""
-        return f"{self.source.open().fingerprint},{other}"
+        other = opened(self.reference).fingerprint if self.reference else ""
+        return f"{opened(self.source).fingerprint},{other}"
 
     def run(self, job: Job) -> Mapping[str, Any]:
         """Measure, then check what is required."""
@@ -134,7 +135,7 @@ class Eval(Plugin):
         from beitctl.errors import DataError
         from beitctl_plugins.tasks.preparing import view_of
 
-        tools, examples = self._tools(stored), source.open()
+        tools, examples = self._tools(stored), opened(source)
         rows, labels, found = [], [], []
         for index in range(len(examples)):
             example = examples[index]
@@ -164,8 +165,8 @@ class Eval(Plugin):
         return recalls(scores, same_caption(examples))
 
     def _pairs(self) -> Sequence[Example]:
-        opened = self.source.open()
-        found = [opened[i] for i in range(len(opened)) if opened[i].captions]
+        examples = opened(self.source)
+        found = [example for i in range(len(examples)) if (example := examples[i]).captions]
         if len(found) < 2:
             raise UserError(
                 f"retrieval needs at least two pictures with captions, the source has {len(found)}"
@@ -187,7 +188,7 @@ class Eval(Plugin):
             replace(stored.model, drop_path=0.0), [Objective("task", task)], {"task": tools}, ranks, "fp32",
             lambda name, shape: stored.tensors[name],
         )  # fmt: skip
-        source = self.source.open()
+        source = opened(self.source)
         examples, outputs = shared.outputs(learner, Stream("task", task, source, 1, tools), ranks)
         task.draw(outputs, examples, tools, job.log)
         return dict(task.score(outputs, examples, tools, source))

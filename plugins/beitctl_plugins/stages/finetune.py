@@ -9,6 +9,7 @@ from pydantic import Field
 from beitctl import registry
 from beitctl.api import FinetuneTask, Job, Plugin, SourceField, TaskField, Tools
 from beitctl.config import ModelConfig, TrainConfig
+from beitctl.data.opening import opened
 from beitctl.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ class Finetune(Plugin):
 
     def plan(self) -> Mapping[str, Any]:
         """How long it trains on how many examples."""
-        examples, steps = len(self.source.open()), self.train.steps
+        examples, steps = len(opened(self.source)), self.train.steps
         return {
             "init": self.init + (" (shape only)" if self.from_scratch else ""),
             "examples": examples,
-            "held out": len(self.held_out.open()),
+            "held out": len(opened(self.held_out)),
             "steps": steps,
             "epochs": steps * self.samples / examples,
             "trainings": len(self.seeds),
@@ -59,7 +60,7 @@ class Finetune(Plugin):
 
     def inputs_fingerprint(self) -> str:
         """Hash of the data."""
-        return f"{self.source.open().fingerprint},{self.held_out.open().fingerprint}"
+        return f"{opened(self.source).fingerprint},{opened(self.held_out).fingerprint}"
 
     def run(self, job: Job) -> Mapping[str, Any]:
         """Train once per seed, write the weights of the first, average the metrics of all."""
@@ -108,6 +109,7 @@ class Finetune(Plugin):
         self, stored: "Stored", seed: int, *, first: bool, ranks: "Ranks", job: Job
     ) -> Mapping[str, float]:
         from beitctl.checkpoints.loading import changed
+        from beitctl.data.labels import classes
         from beitctl.data.loader import Stream
         from beitctl.engine.learner import Objective
         from beitctl.model.init import initial
@@ -115,9 +117,9 @@ class Finetune(Plugin):
 
         config = self._config(stored.model)
         weights = {} if self.from_scratch else changed(stored, config)
-        examples = self.source.open()
+        examples = shared.opened("source", self.source, job)
         tokenizer = shared.open_text(job, self.text_tokenizer) or stored.text_tokenizer()
-        labels = tuple(sorted({e.label for e in (examples[i] for i in range(len(examples))) if e.label}))
+        labels = classes(examples)
         tools = Tools(config, tokenizer, labels=labels, pictures=shared.pictures())
 
         def value(name: str, shape: Any) -> Any:
@@ -150,9 +152,9 @@ class Finetune(Plugin):
         from beitctl_plugins.stages import shared
 
         task, fixed = self._measured(), replace(tools, train=False)
-        stream = Stream("task", task, self.held_out.open(), 1, fixed)
+        stream = Stream("task", task, opened(self.held_out), 1, fixed)
         examples, outputs = shared.outputs(learner, stream, ranks)
-        metrics = task.score(outputs, examples, fixed, self.source.open())
+        metrics = task.score(outputs, examples, fixed, opened(self.source))
         job.log.evaluation("held out", self.train.steps, metrics)
         if first:
             task.draw(outputs, examples, fixed, job.log)

@@ -16,7 +16,7 @@ from beitctl.api import Examples, ImageTokenizer, Item, OnlineCodes, Task
 from beitctl.checkpoints import native
 from beitctl.data.order import generator
 from beitctl.data.store import TokenStore, picture_hash
-from beitctl.errors import DataError, UserError
+from beitctl.errors import ChangedError, DataError, UserError
 from beitctl_plugins.stages.tokenizing import encoded
 
 SAMPLE = 32
@@ -106,6 +106,8 @@ def check_pictures(store: TokenStore, examples: Examples, seed: int) -> None:
         try:
             example = examples[int(index)]
             data, _ = encoded(example)
+        except ChangedError:
+            raise
         except DataError:
             continue
         if example.id in store and picture_hash(data) != store.picture(example.id):

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from beitctl.api import Job, Plugin, SourceField, TaskField, Tools
 from beitctl.config import ModelConfig, TrainConfig
+from beitctl.data.opening import opened
 
 if TYPE_CHECKING:
     import torch
@@ -148,14 +149,14 @@ class Pretrain(Plugin):
 
         needed = table.samples * steps
         try:
-            held = len(table.source.open())
+            held = len(opened(table.source))
         except DataError as error:
             return {"samples seen": needed, "source": f"not there: {error}"}
         return {"samples seen": needed, "examples": held, "epochs": needed / held}
 
     def inputs_fingerprint(self) -> str:
         """Hash of the data."""
-        return ",".join(table.source.open().fingerprint for table in self.objectives.values())
+        return ",".join(opened(table.source).fingerprint for table in self.objectives.values())
 
     def run(self, job: Job) -> Mapping[str, Any]:
         """Train, write the weights, measure on what was held out, draw."""
@@ -244,9 +245,10 @@ class Pretrain(Plugin):
 
     def _labels(self) -> tuple[str, ...]:
         """Classes of the sources of objectives that learn them."""
+        from beitctl.data.labels import classes
+
         sources = [t.source for t in self.objectives.values() if getattr(t.task, "labelled", False)]
-        opened = [source.open() for source in sources]
-        return tuple(sorted({e.label for examples in opened for e in _each(examples) if e.label}))
+        return tuple(sorted({label for source in sources for label in classes(opened(source))}))
 
     def _task_table(self) -> dict[str, Any] | None:
         """Table of the task whose heads the weights hold, if it is one that can be measured afterwards."""
@@ -270,7 +272,7 @@ class Pretrain(Plugin):
         from beitctl.data.loader import Stream
         from beitctl_plugins.stages import shared
 
-        examples = source.open()
+        examples = shared.opened(name if tools.train else f"{name}.held_out", source, job)
         if table.packed:
             examples = shared.packed(examples, tools, ranks, job)
         return Stream(name, table.task, examples, table.samples, tools)
@@ -346,10 +348,6 @@ def _share_of(guess: int, term: str, items: Mapping[str, tuple[Any, Any]]) -> fl
     field = {"patch": "patch_targets", "text": "text_targets", "sample": "label"}[task.terms()[short].unit]
     targets = np.concatenate([np.atleast_1d(getattr(item, field)) for item in found])
     return float((targets[targets >= 0] == guess).mean())
-
-
-def _each(examples: Any) -> "Iterator[Any]":
-    return (examples[index] for index in range(len(examples)))
 
 
 def _even(stream: "Stream", prepared: "Iterator[tuple[Any, Any]]", ranks: "Ranks") -> list[Any]:

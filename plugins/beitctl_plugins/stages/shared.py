@@ -3,6 +3,7 @@
 Imported by stages inside ``run``, because it imports torch.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from beitctl.api import Example, Examples, Job, Tools
 from beitctl.checkpoints.native import load_tokenizer, save_model
 from beitctl.config import ModelConfig, TrainConfig
+from beitctl.data import opening
 from beitctl.data.images import Pictures
 from beitctl.data.loader import Place, StepData, Stream, batches, prepared
 from beitctl.data.packing import Packed
@@ -25,6 +27,7 @@ from beitctl.engine.shard import Initial, full_weights, sharded
 from beitctl.errors import DataError, UserError
 from beitctl.model.multiway import Multiway
 from beitctl.report.events import read
+from beitctl_plugins.sources.mixture import Mixed
 
 CACHE_MIB = 512
 """Memory for decoded pictures, per process."""
@@ -48,18 +51,35 @@ def pictures() -> Pictures:
     return Pictures(cache_mib=CACHE_MIB)
 
 
-def packed(documents: Examples, tools: Tools, ranks: Ranks, job: Job) -> Packed:
-    """Documents as sequences that fill the model's longest text.
+def opened(name: str, source: Any, job: Job) -> Examples:
+    """The examples of a source; says in the log, and in a file of the run folder, what it left out."""
+    examples: Examples = opening.opened(source)
+    problems = list(getattr(examples, "problems", []))
+    if problems:
+        file = job.folder / f"left-out-{name}.txt"
+        shown = "".join(f"\n  {line}" for line in problems[:3])
+        job.log.note(f"{name}: {len(problems):,} left out by the source, all in {file.name}:{shown}")
+        if int(os.environ.get("RANK", "0")) == 0:
+            file.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
+    return examples
+
+
+def packed(documents: Examples, tools: Tools, ranks: Ranks, job: Job) -> Examples:
+    """Documents as sequences that fill the model's longest text; of a mixture each part for itself.
 
     Raises:
         UserError: there is no text tokenizer.
     """
     if tools.tokenizer is None:
         raise UserError('packed: set text_tokenizer, for example to "@train-tokenizer.text"')
+    parts = getattr(documents, "parts", None)
+    if parts:
+        found = [packed(part, tools, ranks, job) for _, part in parts]
+        return Mixed(found, [weight for weight, _ in parts])
     room = tools.model.text_tokens - 2
-    found = Packed(documents, tools.tokenizer, room, rank=ranks.rank, world=ranks.world, told=job.log.note)
-    job.log.note(f"{len(documents):,} documents packed into {len(found):,} sequences of up to {room} ids")
-    return found
+    made = Packed(documents, tools.tokenizer, room, rank=ranks.rank, world=ranks.world, told=job.log.note)
+    job.log.note(f"{len(documents):,} documents packed into {len(made):,} sequences of up to {room} ids")
+    return made
 
 
 def build(
@@ -158,10 +178,10 @@ def fit(
     data = StepData(streams, model, config.seed, Place(ranks.rank, ranks.world, config.micro_samples))
     session = Session(
         ranks, folder or job.folder, identity="/".join(learner.weights), resume=job.resume,
-        layers=model.layers, examples=sum(len(stream.examples) for stream in streams),
+        layers=model.layers, examples={stream.name: len(stream.examples) for stream in streams},
         saved=job.log.checkpoint,
         started=lambda step: job.log.note(f"resuming from step {step}") if step else None,
-        warn=lambda text: job.log.warning("W301", text, "look at the file, or remove it"),
+        warn=lambda text: job.log.warning("W301", text, "look at what is named, and replace it"),
         sampled=job.log.samples,
     )  # fmt: skip
     with closing(train(learner, data, config, session)) as steps:

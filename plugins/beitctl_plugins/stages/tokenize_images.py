@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from beitctl.api import CropScale, Job, Plugin, SourceField
+from beitctl.data.opening import opened
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from beitctl.api import Examples
     from beitctl.data.store import TokenStore, TokenStoreWriter
     from beitctl.engine.dist import Ranks
     from beitctl_plugins.stages.tokenizing import Unusable, Work
 
+NAMES = 100
+"""First pictures of each source whose names are compared."""
 TYPICAL_FROM = 2000
 """Pictures that the patches which stand for the codes are chosen from."""
 TIES = 0.001
@@ -60,20 +64,22 @@ class TokenizeImages(Plugin):
 
     def plan(self) -> Mapping[str, Any]:
         """How many views of how many pictures."""
-        pictures = sum(len(source.open()) for source in self.sources)
+        pictures = sum(len(opened(source)) for source in self.sources)
         return {"pictures": pictures, "views": pictures * self.views, "tokenizer": self.tokenizer}
 
     def inputs_fingerprint(self) -> str:
         """Hash of the data."""
-        return ",".join(source.open().fingerprint for source in self.sources)
+        return ",".join(opened(source).fingerprint for source in self.sources)
 
     def run(self, job: Job) -> Mapping[str, Any]:
         """Encode all views shard by shard; each rank takes every n-th shard that is left."""
         from beitctl.data.store import TokenStore, TokenStoreWriter
         from beitctl.engine import dist
         from beitctl.engine.shard import compute_dtype
+        from beitctl_plugins.stages import shared
 
         ranks = dist.start()
+        _check_names([shared.opened(f"sources.{k}", source, job) for k, source in enumerate(self.sources)])
         work = self._work(job, ranks.device, compute_dtype(self.precision, ranks.device))
         writer = TokenStoreWriter(job.folder / "tokens", self.meta(work))
         skipped: list[str] = []
@@ -131,7 +137,7 @@ class TokenizeImages(Plugin):
 
         tokenizer = open_tokenizer(job.path(self.tokenizer), self.tokenizer_settings, "tokenizer")
         tokenizer.model.to(device)
-        return Work(self, tokenizer, [source.open() for source in self.sources], device, dtype)
+        return Work(self, tokenizer, [opened(source) for source in self.sources], device, dtype)
 
     def meta(self, work: "Work") -> dict[str, Any]:
         """What the store says about itself."""
@@ -215,6 +221,29 @@ class TokenizeImages(Plugin):
         }
 
 
+def _check_names(found: "Sequence[Examples]") -> None:
+    """Look whether first pictures of two sources share a name, as those of two sets of img2dataset do.
+
+    Raises:
+        UserError: they do; the whole store would be refused at its end.
+    """
+    from beitctl.errors import DataError, UserError
+
+    known: dict[str, int] = {}
+    for number, examples in enumerate(found):
+        for index in range(min(NAMES, len(examples))):
+            try:
+                id = examples[index].id
+            except DataError:
+                continue
+            if known.setdefault(id, number) != number:
+                raise UserError(
+                    f"sources {known[id]} and {number} both have a picture named '{id}', by which a token "
+                    "store tells pictures apart; make one source of them: "
+                    '{ kind = "mixture", sources = [...] }'
+                )
+
+
 @contextmanager
 def _alone(writer: "TokenStoreWriter", ranks: "Ranks", *, anew: bool) -> "Iterator[None]":
     """Keep other jobs from the store while this one writes; ``anew`` removes what is there.
@@ -288,10 +317,10 @@ def _typical(store: "TokenStore", work: "Work") -> "np.ndarray[Any, Any]":
     best = np.full(store.codes, -np.inf)
     places = work.located(store.ids[:TYPICAL_FROM])
     for ids in chunks(iter(store.ids[:TYPICAL_FROM]), BATCH):
-        opened = [work.pictures.open(*encoded(work.example(places[id]))) for id in ids]
+        pictures = [work.pictures.open(*encoded(work.example(places[id]))) for id in ids]
         crops = [store.view(id, 0)[0] for id in ids]
         views = np.stack(
-            [work.pictures.crop(*pair, store.image_px) for pair in zip(opened, crops, strict=True)]
+            [work.pictures.crop(*pair, store.image_px) for pair in zip(pictures, crops, strict=True)]
         )
         codes, near = (x.float().cpu().numpy() for x in work.tokenizer.closest(torch.from_numpy(views)))
         cut = views.reshape(len(views), 3, grid, side, grid, side).transpose(0, 2, 4, 1, 3, 5)

@@ -25,7 +25,7 @@ from beitctl.data.images import Crop, Pictures, random_crop
 from beitctl.data.order import generator
 from beitctl.data.store import TokenStoreWriter, picture_hash
 from beitctl.data.store_format import Row
-from beitctl.errors import DataError
+from beitctl.errors import ChangedError, DataError
 
 if TYPE_CHECKING:
     from beitctl_plugins.stages.tokenize_images import TokenizeImages
@@ -143,6 +143,8 @@ class Work:
                 break
             try:
                 id = self.example(place).id
+            except ChangedError:
+                raise
             except DataError:
                 continue
             if id in wanted:
@@ -156,6 +158,8 @@ class Work:
             example = self.example(place)
             name = example.id
             return self.views(example)
+        except ChangedError:
+            raise
         except DataError as error:
             return Unusable(name, str(error))
 

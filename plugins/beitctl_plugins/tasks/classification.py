@@ -16,6 +16,7 @@ from beitctl.api import Example, Examples, Item, Log, Plugin, TeacherField, Term
 from beitctl.config import ModelConfig
 from beitctl.data.batch import Group
 from beitctl.data.images import centre_crop
+from beitctl.data.labels import labels
 from beitctl.engine.learner import PIXELS, raw
 from beitctl.errors import DataError, UserError
 from beitctl.model.heads import Classifier
@@ -109,7 +110,7 @@ class Classification(Plugin):
         """Accuracy, and that of always saying the most frequent class of the training examples."""
         truth = torch.tensor([tools.labels.index(example.label or "") for example in examples])
         said = torch.cat(list(outputs)).argmax(-1).cpu()
-        frequent = Counter(train[index].label for index in range(len(train))).most_common(1)[0][0]
+        frequent = Counter(label for label in labels(train) if label).most_common(1)[0][0]
         return {
             "accuracy": float((said == truth).float().mean()),
             "majority": sum(example.label == frequent for example in examples) / len(examples),

@@ -9,14 +9,20 @@ from typing import Any
 from pydantic import Field
 
 from beitctl.api import Job, Log, Plugin, Source
+from beitctl.data.labels import words
+from beitctl.data.opening import opened
 from beitctl.data.order import generator
-from beitctl.errors import DataError
+from beitctl.errors import ChangedError, DataError
 
 PROGRESS = 1_000_000
 """Texts between two notes in the log."""
 OBJECT_BYTES = 160
 """What Python needs for a text of the sample besides its UTF-8."""
 DRAWS = 4096
+UNUSABLE = 0.001
+"""Share of the examples of a source that may be unusable; one always may."""
+TOLD = 20
+"""Unusable examples that are told one by one."""
 MEASURED = 1_000_000
 """Most texts that a finished tokenizer is measured on."""
 GAPS = (b" ", b"\n", b"\t", b"\r")
@@ -66,7 +72,7 @@ class Sampled(Plugin):
         """
         found, kept = Sample(), _Smallest(self.sentences, self.sample_mib << 20)
         chances = _chances(self.seed)
-        for text in texts(sources):
+        for text in texts(sources, log):
             data = utf8(text)
             kept.offer(next(chances), found.read, data)
             found.read += 1
@@ -114,15 +120,29 @@ class _Smallest:
         return [data for _, _, data in sorted(self.heap, key=lambda row: row[1])]
 
 
-def texts(sources: Sequence[Source]) -> Iterator[str]:
-    """Every caption and text of the sources, one at a time."""
+def texts(sources: Sequence[Source], log: Log | None = None) -> Iterator[str]:
+    """Every caption and text of the sources, one at a time, without the pictures where a source can.
+
+    Raises:
+        DataError: more than ``UNUSABLE`` of the examples of a source cannot be used.
+    """
     for source in sources:
-        examples = source.open()
+        examples = opened(source)
+        problems = 0
         for index in range(len(examples)):
-            example = examples[index]
-            yield from example.captions
-            if example.text:
-                yield example.text
+            try:
+                yield from words(examples, index)
+            except ChangedError:
+                raise
+            except DataError as error:
+                problems += 1
+                if problems > max(1, UNUSABLE * len(examples)):
+                    raise DataError(
+                        f"{problems} of the first {index + 1} examples of a source cannot be used, more than "
+                        f"{UNUSABLE:g} of all: {error}"
+                    ) from error
+                if log is not None and problems <= TOLD:
+                    log.warning("W301", f"left out: {error}", "look at what is named, and replace it")
 
 
 def measured(tokenizer: Any, sample: Sample, job: Job) -> tuple[dict[str, Any], Counter[int]]:

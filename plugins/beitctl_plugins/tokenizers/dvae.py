@@ -201,8 +201,8 @@ class DVAE(Plugin):
         data = ShotSteps(streams, schedule, config.seed, place)
         session = Session(
             ranks, job.folder, "dvae", job.resume,
-            examples=sum(len(stream.examples) for stream in streams), saved=job.log.checkpoint,
-            warn=lambda text: job.log.warning("W301", text, "look at the file, or remove it"),
+            examples={stream.name: len(stream.examples) for stream in streams}, saved=job.log.checkpoint,
+            warn=lambda text: job.log.warning("W301", text, "look at what is named, and replace it"),
             sampled=job.log.samples,
         )  # fmt: skip
         guard = UseGuard(self.codes, self.min_used_share, config.steps / 4)

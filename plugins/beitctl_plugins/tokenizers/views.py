@@ -10,6 +10,7 @@ from beitctl.api import Example, Source, Tools
 from beitctl.config import ModelConfig
 from beitctl.data.images import Pictures, centre_crop, random_crop
 from beitctl.data.loader import Stream
+from beitctl.data.opening import opened
 from beitctl.errors import DataError
 
 CACHE_MIB = 1024
@@ -40,11 +41,11 @@ class Crops:
 def streams_of(sources: Sequence[Source], samples: int, crops: Crops, model: ModelConfig) -> list[Stream]:
     """A stream for each source, with its share of the ``samples`` pictures of a step, at least one."""
     tools = Tools(model, pictures=Pictures(cache_mib=CACHE_MIB))
-    opened = [source.open() for source in sources]
-    total = sum(map(len, opened))
-    counts = [max(1, round(samples * len(examples) / total)) for examples in opened]
+    found = [opened(source) for source in sources]
+    total = sum(map(len, found))
+    counts = [max(1, round(samples * len(examples) / total)) for examples in found]
     task: Any = crops
     return [
         Stream(f"pictures{index}", task, examples, count, tools)
-        for index, (examples, count) in enumerate(zip(opened, counts, strict=True))
+        for index, (examples, count) in enumerate(zip(found, counts, strict=True))
     ]

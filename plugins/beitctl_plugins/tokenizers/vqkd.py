@@ -217,9 +217,9 @@ class VQKD(Plugin):
 
         session = Session(
             ranks, job.folder, "vqkd", job.resume, self.shape.layers,
-            examples=sum(len(stream.examples) for stream in streams), saved=job.log.checkpoint,
+            examples={stream.name: len(stream.examples) for stream in streams}, saved=job.log.checkpoint,
             started=started,
-            warn=lambda text: job.log.warning("W301", text, "look at the file, or remove it"),
+            warn=lambda text: job.log.warning("W301", text, "look at what is named, and replace it"),
             sampled=job.log.samples,
         )  # fmt: skip
         with closing(train(learner, data, config, session)) as steps:

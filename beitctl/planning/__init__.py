@@ -1,0 +1,1 @@
+"""What a training needs before it runs: work, memory, time, disk, data. ``beitctl plan``."""

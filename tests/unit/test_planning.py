@@ -1,0 +1,397 @@
+"""``beitctl plan``: what a training needs, told before it runs."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small import Letters, coloured
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from beitctl import cli, recipe
+from beitctl.api import Item, Tools
+from beitctl.config import ModelConfig, OptimConfig, TrainConfig
+from beitctl.data.batch import Portion, collate
+from beitctl.engine.learner import MultiwayLearner, Objective
+from beitctl.model import attention
+from beitctl.model.multiway import Multiway
+from beitctl.model.plan import plan_of
+from beitctl.planning import estimate
+from beitctl.planning.gpus import CARDS, GIB, Gpu, named
+from beitctl.planning.memory import fixes, per_gpu, saved_numbers
+from beitctl.planning.work import Part, Work, _Codes, _Words, work_of
+from beitctl_plugins.tasks.classification import Classification
+from beitctl_plugins.tasks.contrast import ContrastAndMatch
+from beitctl_plugins.tasks.masked import Bottleneck, MaskedImage, MaskedPair
+from beitctl_plugins.tasks.retrieval import Retrieval
+
+MODEL = ModelConfig(
+    layers=3, width=64, heads=2, ffn=256, image_px=24, patch_px=4, vocabulary=52, text_tokens=24,
+    fusion_layers=1,
+)  # fmt: skip
+TRAIN = TrainConfig(steps=10, optim=OptimConfig(peak_lr=1e-3))
+TEXT_TOKENS = 9
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BEITCTL_DEBUG", "")
+    monkeypatch.delenv("BEITCTL_RECIPES", raising=False)
+
+
+def plan(capsys, *arguments):
+    """Exit code, stdout and stderr."""
+    code = cli.execute(["plan", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def told(capsys, *arguments):
+    code, out, err = plan(capsys, *arguments, "--json")
+    assert code == 0, err
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def work(*tasks, samples=4, **settings):
+    """Work of tasks on the small model, four samples each unless said otherwise."""
+    tools = Tools(MODEL, _Words(52), _Codes(40, 6), ("a", "b", "c"))
+    parts = []
+    for number, task in enumerate(tasks):
+        text = 0 if task.layout == "image" else TEXT_TOKENS
+        parts.append(Part(f"part{number}", task, samples, text, 12, 2, coloured("red")))
+    given = {"train": TRAIN, "model": MODEL} | settings
+    return Work(key="pretrain", parts=tuple(parts), tools=replace(tools, model=given["model"]), **given)
+
+
+# --- parameters ---
+
+
+def test_the_giant_on_512_gpus_is_planned_in_seconds_and_has_the_counted_parameters(capsys):
+    begun = time.monotonic()
+    found = told(capsys, "--recipe", "beit3-giant", "--gpus", "512")
+    assert time.monotonic() - begun < 30
+    counted = recipe.load("beit3-giant").tables["pretrain"].plugin.plan()["parameters"]
+    assert found["parameters"]["total"] == counted["total"]
+    assert found["parameters"]["total"] == pytest.approx(1.95e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "key"), [("beitv2-base", "pretrain"), ("vlmo-base", "pretrain.pairs")])
+def test_parameters_are_those_of_the_dry_run(name, key, capsys):
+    found = told(capsys, "--recipe", name, "--only", key)
+    counted = recipe.load(name).tables[key].plugin.plan()["parameters"]
+    assert found["parameters"] == {part.replace(" ", "_"): n for part, n in counted.items()} | {
+        "trainable": counted["total"]
+    }
+
+
+def test_frozen_parameters_have_neither_gradient_nor_moments():
+    free, frozen = work(MaskedImage()), work(MaskedImage(), frozen=("attention", "ffn"))
+    assert free.sizes.trainable == free.sizes.parts["total"] > 10 * frozen.sizes.trainable > 0
+    before, after = (per_gpu(each, 1, 0).parts for each in (free, frozen))
+    assert after["master_weights"] == before["master_weights"]
+    assert (after["moments"], after["gradients"]) == (8 * frozen.sizes.trainable, 4 * frozen.sizes.trainable)
+
+
+# --- work ---
+
+
+def counted(made):
+    """Operations that torch counts in forward and backward of the real learner on the batch of the plan."""
+    learner = MultiwayLearner(
+        Multiway(made.model),
+        [Objective(part.name, part.task) for part in made.parts],
+        {part.name: replace(made.tools, tokenizer=Letters()) for part in made.parts},
+    )
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.normal_(std=0.02)
+    batch = collate([Portion(p.name, p.task.layout, items(p), None) for p in made.parts], made.model)
+    with FlopCounterMode(display=False) as counter:
+        torch.stack([total for total, _ in learner(batch).values()]).sum().backward()
+    return counter.get_total_flops()
+
+
+def items(part):
+    """As many items as the part has samples, and predicted rows as it says."""
+    found = {"label": 0, "chance": (0.3, 0.6)}
+    if part.task.layout != "text":
+        hidden = np.arange(MODEL.patches) < part.patches
+        codes = np.where(hidden, 1, -1)
+        found |= {
+            "image": np.zeros((3, *MODEL.size), np.uint8),
+            "image_mask": hidden,
+            "patch_targets": codes,
+        }
+    if part.task.layout != "image":
+        words = np.where(np.arange(part.text_tokens) < part.words, 5, -1)
+        found |= {"text": np.full(part.text_tokens, 6), "text_targets": words}
+    return [Item(**found)] * part.samples
+
+
+TASKS = {
+    "masked pictures and pairs": (MaskedImage(), MaskedPair()),
+    "bottleneck": (MaskedImage(bottleneck=Bottleneck(early_layers=2)),),
+    "transform before the words": (MaskedPair(head="bert", image_mask_ratio=0.0),),
+    "classification": (Classification(pool="cls"),),
+    "retrieval": (Retrieval(),),
+    "contrast and match beside pairs": (ContrastAndMatch(), MaskedPair()),
+    "contrast alone": (ContrastAndMatch(match=False),),
+}
+
+
+@pytest.mark.parametrize("tasks", TASKS.values(), ids=TASKS)
+def test_work_of_every_task_is_what_torch_counts(tasks):
+    made = work(*tasks)
+    assert made.flops().training == pytest.approx(counted(made), rel=0.01)
+
+
+def test_predicted_rows_follow_from_the_shares_of_the_tasks(capsys):
+    step = told(capsys, "--recipe", "beit3-giant", "--gpus", "8")["step"]["objectives"]
+    assert step["image"]["predicted_patches"] == 2048 * 102
+    assert step["text"] == {
+        "samples": 2048, "pictures": 0, "text_tokens": 128, "rows": 2048 * 128, "predicted_patches": 0,
+        "predicted_tokens": 2048 * 19,
+    }  # fmt: skip
+    assert step["pair"]["rows"] == 2048 * (257 + 24)
+
+
+def test_captions_are_as_long_as_asked_and_no_longer_than_the_task_reads(capsys):
+    asked = ("--only", "pairs", "--recipe", "vlmo-base", "--caption-tokens")
+    lengths = [
+        told(capsys, *asked, tokens)["step"]["objectives"]["words"]["text_tokens"] for tokens in ("12", "99")
+    ]
+    assert lengths == [12, 40]
+
+
+def test_what_is_assumed_of_prose_is_said():
+    found = recipe.load("beit3-base")
+    said = work_of(found, found.tables["pretrain"], 24).assumptions
+    assert (
+        said[0]
+        == f"text: prose fills the model's {found.tables['pretrain'].plugin.model.text_tokens} text tokens"
+    )
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm": "pre"}, {"norm": "pre", "layer_scale": 0.1}, {"attention": "decoupled"}]
+)
+def test_eager_blocks_keep_what_is_counted(changes, monkeypatch):
+    monkeypatch.setattr(
+        attention, "_plain", lambda q, k, v, mask, bias: F.scaled_dot_product_attention(q, k, v, mask)
+    )
+    model = Multiway(replace(MODEL, **changes))
+    plan = plan_of(MODEL.picture_tokens, 4, [24] * 4, [24] * 4)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept, alive = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes() / 4 / plan.tokens
+            alive.append(storage)
+        return tensor
+
+    x = torch.randn(plan.tokens, MODEL.width, requires_grad=True) * 1
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.blocks[0](x, model.layout(plan))
+    assert sum(kept.values()) == pytest.approx(saved_numbers(model.config, "eager"), rel=0.02)
+
+
+def test_states_are_shared_by_all_gpus():
+    one, four = (per_gpu(work(MaskedImage()), gpus, 0).parts for gpus in (1, 4))
+    for part in ("master_weights", "moments", "gradients"):
+        assert four[part] == -(-one[part] // 4)
+
+
+def test_a_pass_is_what_the_loader_deals_out():
+    passes, mine = work(MaskedImage(), MaskedPair(), samples=32).share(4, 6)
+    assert (passes, [part.samples for part in mine.parts]) == (3, [3, 3])
+
+
+def test_recompute_takes_less_than_compiled_blocks_and_these_less_than_eager_ones():
+    found = per_gpu(work(MaskedImage(), samples=64), 1, 0)
+    assert found.total("recompute") < found.total("compiled") < found.total("eager")
+
+
+def test_every_proposed_setting_makes_it_fit():
+    made = work(MaskedImage(), MaskedPair(), samples=512)
+    limit = per_gpu(made, 1, 0).total() - 2**27
+    found = list(fixes(made, 1, limit))
+    micro = int(found[0].removeprefix("--set pretrain.train.micro_samples="))
+    assert per_gpu(made, 1, micro).total() <= limit < per_gpu(made, 1, 2 * micro).total()
+    gpus = int(found[1].removeprefix("--gpus "))
+    assert per_gpu(made, gpus, 0).total() <= limit < per_gpu(made, gpus // 2, 0).total()
+
+
+def test_a_contrastive_task_is_not_told_to_take_smaller_passes():
+    made = work(Retrieval(), samples=512)
+    assert not any("micro_samples" in fix for fix in fixes(made, 1, per_gpu(made, 1, 0).total() - 1))
+
+
+def test_nothing_is_proposed_where_it_fits():
+    assert list(fixes(work(MaskedImage()), 1, 80 * GIB)) == []
+
+
+# --- the rest of the plan ---
+
+
+def test_time_follows_from_the_share_of_the_peak(capsys):
+    found = told(capsys, "--recipe", "beit3-giant", "--gpus", "64", "--gpu", "h200", "--mfu", "0.5")
+    seconds = found["flops"]["training"] / 64 / 989e12 / 0.5
+    assert found["time"]["step_seconds"] == pytest.approx(seconds)
+    assert found["time"]["days"] == pytest.approx(seconds * 1e6 / 86400)
+    assert found["loader"]["pictures_per_second_per_gpu"] == pytest.approx(4096 / seconds / 64)
+
+
+def test_without_a_known_gpu_time_and_fit_are_hidden_and_it_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    found = told(capsys, "--recipe", "beit3-base")
+    assert (found["gpu"], found["memory"]["fits"], set(found["time"].values())) == (None, None, {None})
+    assert "no known GPU" in found["assumptions"][-1]
+
+
+def test_the_gpu_of_the_machine_is_taken_if_its_figures_are_known(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert told(capsys, "--recipe", "beit3-base")["gpu"]["name"] == "h200"
+
+
+def test_every_card_is_found_by_the_name_that_cuda_gives_it():
+    assert [named(card.device_names[0]) for card in CARDS.values()] == list(Gpu)
+
+
+def test_in_fp32_there_is_no_time(capsys):
+    asked = ("--recipe", "beit3-base", "--gpu", "h100", "--set", "train.precision=fp32")
+    found = told(capsys, *asked)
+    assert found["time"]["step_seconds"] is None
+    assert found["assumptions"][-1].startswith("no time")
+
+
+def test_checkpoints_have_twelve_bytes_a_parameter(capsys):
+    found = told(capsys, "--recipe", "beit3-giant")
+    total = found["parameters"]["total"]
+    assert found["disk"]["checkpoint"] == 12 * total
+    assert (found["disk"]["checkpoints"], found["disk"]["checkpoints_at_most"]) == (36 * total, 48 * total)
+
+
+def test_the_token_store_is_unknown_where_the_data_are_not_there(capsys):
+    store = told(capsys, "--recipe", "beit3-giant")["disk"]["token_store"]
+    assert store == {"pictures": None, "views": 8, "bytes_per_picture": 8 * (2 * 256 + 32), "bytes": None}
+
+
+def test_the_token_store_and_the_epochs_are_known_where_the_data_are_there(capsys):
+    found = told(capsys, "--recipe", "tiny")
+    store = found["disk"]["token_store"]
+    assert store["bytes"] == store["pictures"] * store["bytes_per_picture"] > 0
+    assert {name: held["examples"] for name, held in found["data"].items()} == {
+        "image": 96, "text": 96, "pair": 96,
+    }  # fmt: skip
+
+
+def test_one_gpu_has_no_traffic_and_more_gather_twice_and_scatter_once():
+    made = work(MaskedImage(), MaskedPair(), samples=32)
+    network = [estimate._network(made, per_gpu(made, gpus, 0), estimate.Asked(gpus), None) for gpus in (1, 4)]
+    total = made.sizes.parts["total"]
+    assert [found["total"] for found in network] == [0, int(4 * total * 0.75) + int(4 * total * 0.75)]
+
+
+def test_gpus_without_samples_are_told(capsys):
+    found = told(capsys, "--recipe", "tiny", "--gpus", "512")
+    assert any("for 512 GPUs leave some without" in text for text in found["warnings"])
+
+
+def test_finetuning_is_planned_for_the_model_of_another_table(capsys):
+    found = told(capsys, "--recipe", "beit3-base", "--only", "finetune.classification")
+    assert found["step"]["samples"] == 1024
+    assert found["parameters"]["heads"] == 1000 * 769 + 2 * 768
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [("beit3-giant", "--gpus", "1", "--gpu", "l40s"), ("vlmo-base", "--only", "pairs"), ("tiny",)],
+    ids=["does not fit", "no GPU", "small"],
+)
+def test_people_get_80_columns(asked, capsys):
+    code, out, _ = plan(capsys, "--recipe", *asked)
+    assert code == 0
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert "assumptions" in out
+
+
+def test_what_does_not_fit_is_told_with_settings_that_make_it_fit(capsys):
+    asked = ("--recipe", "beit3-giant", "--gpus", "8", "--gpu", "l40s")
+    found = told(capsys, *asked)
+    assert found["memory"]["fits"] is False
+    (setting, *_) = [fix for fix in found["fixes"] if fix.startswith("--set ")]
+    assert told(capsys, *asked, *setting.split())["memory"]["fits"] is True
+
+
+# --- bad input ---
+
+
+def test_require_fit_ends_with_5_the_numbers_and_the_setting_to_change(capsys):
+    asked = ("--recipe", "beit3-giant", "--gpus", "8", "--gpu", "l40s", "--require-fit")
+    code, out, err = plan(capsys, *asked)
+    assert (code, "beit3-giant [pretrain]" in out) == (5, True)
+    assert "an l40s has 45.0 GiB; one of these makes it fit: --set pretrain.train.micro_samples=" in err
+
+
+def test_a_contrastive_task_on_a_number_of_gpus_that_does_not_divide_it_is_told(capsys):
+    found = told(capsys, "--recipe", "vlmo-base", "--only", "pairs", "--gpus", "3")
+    assert (
+        "contrast: a contrastive task needs samples (1024) to be a multiple of the 3" in found["problems"][0]
+    )
+
+
+def test_require_fit_is_quiet_where_it_fits(capsys):
+    assert plan(capsys, "--recipe", "tiny", "--gpu", "h100", "--require-fit", "--json")[0] == 0
+
+
+def test_an_unknown_gpu_is_refused_with_the_known_ones(capsys):
+    code, _, err = plan(capsys, "--recipe", "tiny", "--gpu", "b200")
+    assert code == 2
+    for name in Gpu:
+        assert name in err
+
+
+def test_no_gpus_are_refused(capsys):
+    code, _, err = plan(capsys, "--recipe", "tiny", "--gpus", "0")
+    assert (code, "'--gpus'" in err) == (2, True)
+
+
+def test_require_fit_without_a_known_gpu_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = plan(capsys, "--recipe", "tiny", "--require-fit")
+    assert (code, "say --gpu h200|h100|a100|l40s" in err) == (2, True)
+
+
+def test_a_recipe_without_pretraining_is_refused_with_the_tables_that_it_has(capsys):
+    code, out, err = plan(capsys, "--recipe", "codebook-embedded", "--json")
+    assert (code, out) == (2, "")
+    assert "has no table [pretrain]; it has train-tokenizer." in err
+
+
+def test_several_tables_are_refused_with_their_names(capsys):
+    code, _, err = plan(capsys, "--recipe", "vlmo-base")
+    assert code == 2
+    assert "vlmo-base has pretrain.vision, pretrain.text, pretrain.pairs; choose one with --only" in err
+
+
+def test_a_table_that_is_not_there_is_refused_with_those_that_are(capsys):
+    code, _, err = plan(capsys, "--recipe", "tiny", "--only", "paris")
+    assert (code, "pretrain, finetune.classification, finetune.retrieval" in err) == (2, True)
+
+
+def test_finetuning_from_a_file_is_refused_for_its_shape_is_not_known(capsys):
+    asked = ("--only", "finetune.retrieval", "--set", "finetune.retrieval.init=model.pth")
+    code, _, err = plan(capsys, "--recipe", "tiny", *asked)
+    assert (code, "its model comes from model.pth" in err) == (2, True)
