@@ -50,11 +50,14 @@ class Journal:
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
         self.entries: list[Entry] = []
+        self.bad = 0
+        """Number of broken examples so far."""
         self.done = self._done()
         if self.done is None:
             for draft in folder.glob(".*.tmp"):
                 draft.unlink()
             self.entries = self._complete()
+            self.bad = len(self.left_out)
             lines = [json.dumps(self.identity), *(json.dumps(asdict(entry)) for entry in self.entries)]
             write_file(folder / BEGUN, "".join(f"{line}\n" for line in lines))
 
@@ -69,11 +72,6 @@ class Journal:
         return [entry for entry in self.entries if entry.name]
 
     @property
-    def bad(self) -> int:
-        """Number of broken examples so far."""
-        return sum(len(entry.left_out) for entry in self.entries)
-
-    @property
     def left_out(self) -> list[dict[str, str]]:
         """Broken examples so far."""
         return [row for entry in self.entries for row in entry.left_out]
@@ -85,6 +83,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.entries.append(entry)
+        self.bad += len(entry.left_out)
 
     def write_left_out(self, problems: list[str], more: Sequence[Mapping[str, str]] = ()) -> None:
         """List what is not in the shards: what the source left out, what was broken, and ``more``."""

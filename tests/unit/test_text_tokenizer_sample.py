@@ -148,7 +148,7 @@ def test_a_text_that_cannot_be_read_is_left_out_and_told():
 
 def test_too_many_texts_that_cannot_be_read_are_refused():
     with pytest.raises(
-        DataError, match="2 of the first 6 examples of a source cannot be used, .*: 5 is broken"
+        DataError, match=r"2 of the first 6 examples of a source cannot be used, .*: 5 is broken"
     ):
         sampled(broken(3, 5))
 

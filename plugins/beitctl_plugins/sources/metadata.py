@@ -28,7 +28,6 @@ from beitctl_plugins.sources.wording import listed
 
 NAME = "file_name"
 """Column of the pictures beside the table, by the convention of Hugging Face."""
-"""Rows that are decoded at a time."""
 CAPTION_BYTES = 2**20
 """Longer captions are left out."""
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "path", "img", "picture", "url")

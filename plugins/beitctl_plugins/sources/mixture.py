@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from beitctl.api import Example, Examples, Plugin, SourceField
+from beitctl.data import labels
 from beitctl.data.order import BLOCK, digest
-from beitctl_plugins.sources.opened import words_of
 
 
 class Mixture(Plugin):
@@ -78,9 +78,8 @@ class Mixed:
 
     def words(self, index: int) -> tuple[str, ...]:
         """Captions of an example, then its text, without its picture where that is faster."""
-        part, place = self._at(index)
-        found = getattr(part, "words", None)
-        return found(place) if callable(found) else words_of(part[place])
+        number, place = self._at(index)
+        return labels.words(self.opened[number], place)
 
     def _at(self, index: int) -> tuple[int, int]:
         """Number of the source, and place in it."""
