@@ -92,9 +92,13 @@ def test_labels_are_those_of_the_examples(opened):
 def test_words_and_labels_are_read_without_pictures(opened, monkeypatch):
     asked, sizes = set(), []
     table, read = Groups.table, Files.read
-    monkeypatch.setattr(Groups, "table", lambda self, *place: asked.update(self.columns) or table(self, *place))
     monkeypatch.setattr(
-        Files, "read", lambda self, file, first, end: sizes.append(end - first) or read(self, file, first, end)
+        Groups, "table", lambda self, *place: asked.update(self.columns) or table(self, *place)
+    )
+    monkeypatch.setattr(
+        Files,
+        "read",
+        lambda self, file, first, end: sizes.append(end - first) or read(self, file, first, end),
     )
     [opened.words(place) for place in range(3)]
     [opened.label(place) for place in range(3)]

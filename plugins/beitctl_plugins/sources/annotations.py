@@ -12,6 +12,7 @@ import numpy as np
 
 from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
+from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl_plugins.sources.metadata import captions_in
 from beitctl_plugins.sources.opened import Opened, check_share, existing
@@ -133,6 +134,8 @@ class Pictures:
         self.root = root
         self.used: dict[str, int] = {}
         """Sizes of the files that examples need."""
+        self.modified = 0
+        """Sum of the times of all pictures."""
         self._folders: dict[str, dict[str, int]] = {}
         self._empty: set[str] = set()
 
@@ -144,7 +147,9 @@ class Pictures:
                 with os.scandir(self.root / folder) as entries:
                     for entry in entries:
                         if entry.name.lower().endswith(PICTURES) and entry.name[0] != "." and entry.is_file():
-                            found[entry.name] = entry.stat().st_size
+                            status = entry.stat()
+                            found[entry.name] = status.st_size
+                            self.modified += status.st_mtime_ns
             except (FileNotFoundError, NotADirectoryError, ValueError):
                 found = {}
             except OSError as error:
@@ -266,11 +271,19 @@ class Builder:
         )
         columns = {name: column.texts() for name, column in self._columns.items() if column.some}
         starts = {name: np.array(some, np.int64) for name, some in self._starts.items()}
-        packed = _Packed(root, columns, starts)
-        return Opened(range(len(self)), packed.example, fingerprint, self.problems, lengths=packed.lengths())
+        kept = _InColumns(root, columns, starts)
+        state = digest(self.pictures.modified, *(path.stat().st_mtime_ns for path in own.values())).hex()
+        return Opened(
+            range(len(self)),
+            kept.example,
+            fingerprint,
+            self.problems,
+            lengths=kept.lengths(),
+            state=state,
+        )
 
 
-class _Packed:
+class _InColumns:
     """Examples in columns."""
 
     def __init__(self, root: Path, columns: dict[str, Texts], starts: dict[str, Any]) -> None:

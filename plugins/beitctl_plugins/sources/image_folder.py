@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import os
 import stat
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from pydantic import Field
 
 from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
+from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl_plugins.sources.metadata import Metadata, found_in
 from beitctl_plugins.sources.opened import Opened, existing
@@ -84,36 +87,33 @@ class ImageFolder(Plugin):
         search = _Search(str(root), tuple("." + ending.lower().lstrip(".") for ending in self.extensions))
         table = found_in(root, self.metadata, search.problems)
         with Counting(f"files in {root}") as counting:
-            pictures = sorted(search.pictures(counting))
-        if self.labels == "folders":
-            search.problems += [
-                f"{printable(name)}: lies in no class folder" for name, _ in pictures if "/" not in name
-            ]
-            pictures = [(name, size) for name, size in pictures if "/" in name]
-        if not pictures:
+            found = search.pictures(counting, below=self.labels == "folders")
+        if not len(found.names):
             problems = "".join(f"\n  {line}" for line in search.problems[:5])
             raise DataError(
                 f"{root}: no picture in it or below ({search.folders} folders searched for files that end in "
                 f"{', '.join(search.endings)}); correct 'path' or 'extensions'{problems}"
             )
-        names = Texts.of(name for name, _ in pictures)
-        sizes = np.array([size for _, size in pictures], np.int64)
         if table is not None and table.parent == root:
             search.ignored[table.suffix] -= 1
-        return self._opened(root, names, sizes, search, table)
+        return self._opened(root, found, search, table)
 
-    def _opened(
-        self, root: Path, names: Texts, sizes: NDArray[np.int64], search: "_Search", table: Path | None
-    ) -> Folder:
+    def _opened(self, root: Path, found: "_Pictures", search: "_Search", table: Path | None) -> Folder:
         ignored = {ending: count for ending, count in sorted(search.ignored.items()) if count > 0}
-        key = hashed(names, sizes, lambda name: os.path.join(root, name), self.labels)
+        names = found.names
+        key = hashed(names, found.sizes, lambda name: os.path.join(root, name), self.labels)
         if table is None:
-            return Folder(names, self._example, key, search.problems, ignored=ignored)
-        found = Metadata(table, self.caption, self.label)
-        rows, lengths = found.rows_of(names, search.problems)
-        example = functools.partial(self._described, found)
+            return Folder(names, self._example, key, search.problems, state=found.state, ignored=ignored)
+        said = Metadata(table, self.caption, self.label)
+        rows, lengths = said.rows_of(names, search.problems)
         return Folder(
-            rows, example, found.fingerprint(key), search.problems, lengths=lengths, ignored=ignored
+            rows,
+            functools.partial(self._described, said),
+            said.fingerprint(key),
+            search.problems,
+            lengths=lengths,
+            state=digest(found.state, said.table.files.state()).hex(),
+            ignored=ignored,
         )
 
     def _example(self, name: str) -> Example:
@@ -124,6 +124,17 @@ class ImageFolder(Plugin):
         example = self._example(row[0])
         captions, label = found.said(row[1])
         return dataclasses.replace(example, captions=captions, label=label or example.label)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """What a search found, sorted by name."""
+
+    names: Texts
+    """Relative to the root."""
+    sizes: NDArray[np.int64]
+    state: str
+    """Hash of their times."""
 
 
 @dataclass
@@ -138,80 +149,125 @@ class _Search:
     linked: set[tuple[int, int]] = field(default_factory=set)
     """Folders that a link led to: each is entered once, or links across would multiply."""
 
-    def pictures(self, counting: Counting) -> Iterator[tuple[str, int]]:
-        """Relative names and sizes of the pictures below the root."""
-        waiting: list[_Step] = [("", False, ())]
-        seen = 0
-        while waiting:
-            folder, link, above = waiting.pop()
-            entries, here = self._entries(folder, link, above)
-            below: list[_Step] = []
-            for entry in entries:
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith("."):
-                    self.ignored[HIDDEN] += 1
-                elif _is_folder(entry):
-                    below.append((name, entry.is_symlink(), (*above, here)))
-                elif entry.name.lower().endswith(self.endings):
-                    size = self._size(entry, name)
-                    if size:
-                        yield name, size
-                else:
-                    self.ignored[_ending(entry.name)] += 1
-            waiting += reversed(below)
-            seen += len(entries)
-            counting.at(seen)
+    def pictures(self, counting: Counting, *, below: bool) -> _Pictures:
+        """The pictures below the root, with ``below`` none of those directly in it.
 
-    def _entries(
-        self, folder: str, link: bool, above: tuple[tuple[int, int], ...]
-    ) -> tuple[list[os.DirEntry[str]], tuple[int, int]]:
-        """What a folder holds, by name, and which one it is on disk."""
-        path = os.path.join(self.root, folder)
+        A folder is sorted as if its name ended with a slash, and what it holds comes in its place: that is
+        the order of the full names, and only the names of the folders on the way are in memory as objects.
+        """
+        block, ends, sizes = bytearray(), array("q"), array("q")
+        times = blake2b(digest_size=16)
+        lone = list[str]()
+        waiting = [iter(self._entries("", False, ()))]
+        while waiting:
+            entry = next(waiting[-1], None)
+            if entry is None:
+                waiting.pop()
+            elif isinstance(entry, _Step):
+                waiting.append(iter(self._entries(*entry)))
+                counting.at(len(ends))
+            elif below and "/" not in entry.name:
+                lone.append(f"{printable(entry.name)}: lies in no class folder")
+            else:
+                block += entry.name.encode("utf-8", "surrogateescape")
+                ends.append(len(block))
+                sizes.append(entry.size)
+                times.update(entry.modified.to_bytes(16, "little", signed=True))
+        self.problems += lone
+        names = Texts(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64))
+        return _Pictures(names, np.frombuffer(sizes, np.int64), times.hexdigest())
+
+    def _entries(self, folder: str, link: bool, above: tuple[tuple[int, int], ...]) -> "Iterator[_Entry]":
+        """Pictures and folders in a folder, sorted; what cannot be used is noted."""
+        here = self._entered(folder, link, above)
+        if here is None:
+            return
+        found: list[_Entry] = []
+        problems = list[str]()
         try:
-            status = os.stat(path)
-            with os.scandir(path) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            with os.scandir(os.path.join(self.root, folder)) as entries:
+                for entry in entries:
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.name.startswith("."):
+                        self.ignored[HIDDEN] += 1
+                    elif _is_folder(entry):
+                        found.append(_Step(name, entry.is_symlink(), (*above, here)))
+                    elif not entry.name.lower().endswith(self.endings):
+                        self.ignored[_ending(entry.name)] += 1
+                    elif isinstance(picture := _picture(entry, name), _Picture):
+                        found.append(picture)
+                    else:
+                        problems.append(f"{printable(name)}: {picture}")
         except OSError as error:
             self._leave_out(folder or ".", f"folder cannot be read ({error.strerror})")
-            return [], (0, 0)
+            return
+        self.problems += sorted(problems)
+        self.folders += 1
+        found.sort(key=_in_order)
+        yield from found
+
+    def _entered(self, folder: str, link: bool, above: tuple[tuple[int, int], ...]) -> tuple[int, int] | None:
+        """Which folder it is on disk; None if it cannot be entered, or was already."""
+        try:
+            status = os.stat(os.path.join(self.root, folder))
+        except OSError as error:
+            self._leave_out(folder or ".", f"folder cannot be read ({error.strerror})")
+            return None
         here = (status.st_dev, status.st_ino)
         if here in above:
             self._leave_out(folder, "link to a folder that it lies in")
-            return [], here
+            return None
         if link and here in self.linked:
             self._leave_out(folder, "link to a folder that another link leads to")
-            return [], here
+            return None
         if link:
             self.linked.add(here)
-        self.folders += 1
-        return entries, here
-
-    def _size(self, entry: os.DirEntry[str], name: str) -> int:
-        """Bytes of a file that can be expected to hold a picture; if it cannot, it is noted, and 0."""
-        try:
-            status = entry.stat()
-            reason = "" if status.st_size else "empty file"
-            if not stat.S_ISREG(status.st_mode):
-                reason = "neither a file nor a folder"
-            elif not os.access(entry.path, os.R_OK):
-                reason = "cannot be read (Permission denied)"
-            elif not name.isascii():
-                name.encode()
-        except UnicodeEncodeError:
-            reason = "name is not UTF-8"
-        except OSError as error:
-            reason = f"cannot be read ({error.strerror})"
-        if reason:
-            self._leave_out(name, reason)
-            return 0
-        return status.st_size
+        return here
 
     def _leave_out(self, name: str, reason: str) -> None:
         self.problems.append(f"{printable(name)}: {reason}")
 
 
-_Step = tuple[str, bool, tuple[tuple[int, int], ...]]
-"""A folder, whether a link led there, and the folders that it lies in."""
+class _Step(NamedTuple):
+    """A folder to go into."""
+
+    name: str
+    link: bool
+    """Whether a link leads there."""
+    above: tuple[tuple[int, int], ...]
+    """The folders that it lies in."""
+
+
+class _Picture(NamedTuple):
+    """A file that can be expected to hold a picture."""
+
+    name: str
+    size: int
+    modified: int
+
+
+_Entry = _Step | _Picture
+
+
+def _in_order(entry: _Entry) -> str:
+    return f"{entry.name}/" if isinstance(entry, _Step) else entry.name
+
+
+def _picture(entry: os.DirEntry[str], name: str) -> _Picture | str:
+    """A picture, or why there is none."""
+    try:
+        status = entry.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "neither a file nor a folder"
+        if not os.access(entry.path, os.R_OK):
+            return "cannot be read (Permission denied)"
+        if not name.isascii():
+            name.encode()
+    except UnicodeEncodeError:
+        return "name is not UTF-8"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return _Picture(name, status.st_size, status.st_mtime_ns) if status.st_size else "empty file"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

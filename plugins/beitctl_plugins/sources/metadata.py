@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +36,20 @@ LABEL_COLUMNS = ("label", "class", "category", "label_name")
 """Names of columns that are looked for, best first."""
 
 
+class Rows(Protocol):
+    """A table whose rows can be read again."""
+
+    def row(self, start: int, end: int) -> dict[str, Any]:
+        """The row that was found there."""
+        ...
+
+
 class Grouped(Sequence[tuple[str, list[dict[str, Any]]]]):
     """Names of examples, and the rows of each, which are read again from their table."""
 
     def __init__(
         self,
-        table: Table,
+        table: Rows,
         names: Texts,
         groups: NDArray[np.int64],
         starts: NDArray[np.int64],
@@ -53,8 +61,8 @@ class Grouped(Sequence[tuple[str, list[dict[str, Any]]]]):
             table: where the rows are.
             names: of the examples.
             groups: per row the number of its example.
-            starts: per row the place of its first byte.
-            ends: per row the place behind its last byte.
+            starts: per row where it begins, as the table says.
+            ends: per row where it ends.
         """
         order = np.argsort(groups, kind="stable")
         self.table, self.names = table, names

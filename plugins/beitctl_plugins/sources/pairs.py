@@ -1,33 +1,30 @@
 """Pictures with captions, from a table."""
 
-import contextlib
 import os
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
 from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
+from beitctl.data.order import digest
 from beitctl.errors import DataError
-from beitctl_plugins.sources import metadata, rows
+from beitctl_plugins.sources import metadata, rows, table_files, table_rows
 from beitctl_plugins.sources.metadata import Grouped, captions_in
 from beitctl_plugins.sources.opened import Opened, check_share, existing
 from beitctl_plugins.sources.parquet import Parquet
-from beitctl_plugins.sources.rows import Row, Table, UnusableError, encoded, picture_bytes, short
-from beitctl_plugins.sources.wording import listed
+from beitctl_plugins.sources.parquet_rows import ParquetRows
+from beitctl_plugins.sources.rows import Row, Table, UnusableError, encoded, picture_status, short
+from beitctl_plugins.sources.table_files import InGroups
+from beitctl_plugins.sources.wording import listed, no_row
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".tsv")
-BATCH = 1024
-"""Rows of a Parquet file that are read at a time."""
 
 
 class Pairs(Plugin):
@@ -80,9 +77,9 @@ class Pairs(Plugin):
             raise DataError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
         if path.suffix.lower() == ".parquet" and not self._paths_in(path):
             return self._with_bytes().open()
-        table, found, root = Table(path), _Found(), self._root()
+        table, found, root = self._table(path), _Found(), self._root()
         with rows.Counting(path.name) as counting:
-            for row in self._rows(table):
+            for row in table.rows():
                 if isinstance(row.content, dict) and not metadata.chosen(row.content, self.where):
                     continue
                 try:
@@ -92,16 +89,15 @@ class Pairs(Plugin):
                 if len(found.starts) % 1000 == 0:
                     counting.at(len(found.starts))
         if not found.starts and not found.problems:
-            wanted = ", ".join(f"{key} = {value!r}" for key, value in self.where.items())
-            raise DataError(f"{path}: no row{' with ' if wanted else ''}{wanted}; correct 'path' or 'where'")
+            raise DataError(f"{path}: {no_row(self.where)}")
         check_share(path, found.problems, len(found.starts), self.max_bad_share)
         return self._opened(table, found)
 
-    def _opened(self, table: Table, found: "_Found") -> Opened:
-        first, groups = _grouped(np.frombuffer(bytes(found.keys), "S16"))
-        every = Texts(np.frombuffer(bytes(found.names), np.uint8), np.array(found.name_ends))
-        names = Texts.of(every[place] for place in first)
-        grouped = Grouped(table, names, groups, np.array(found.starts), np.array(found.ends))
+    def _opened(self, table: Table | ParquetRows, found: "_Found") -> Opened:
+        first, groups = _grouped(np.frombuffer(found.keys, "S16"))
+        every = Texts(np.frombuffer(found.names, np.uint8), np.array(found.name_ends))
+        names, starts = Texts.of(every[place] for place in first), np.array(found.starts)
+        grouped = Grouped(table, names, groups, starts, np.array(found.ends))
         lengths = np.bincount(groups, np.array(found.caption_bytes)) // np.bincount(
             groups, np.array(found.caption_counts)
         )
@@ -111,37 +107,40 @@ class Pairs(Plugin):
         if self.check_files:
             root, sizes = self._root(), np.array(found.sizes)[first]
             hashed = rows.hashed(names, sizes, lambda name: os.path.join(root, name), hashed)
-        return Opened(grouped, self._example, hashed, found.problems, lengths=lengths.astype(np.int64))
+        state = digest(table.files.state(), found.modified.tobytes()).hex()
+        lengths = lengths.astype(np.int64)
+        if isinstance(table, Table):
+            return Opened(grouped, self._example, hashed, found.problems, lengths=lengths, state=state)
+        shards = np.bincount(starts[first], minlength=len(table.sizes)).tolist()  # by the first row of each
+        return InGroups(
+            grouped,
+            self._example,
+            hashed,
+            found.problems,
+            [count for count in shards if count],
+            lengths,
+            window=table_files.window(table.sizes, shards),
+            state=state,
+            notes=table_files.notes(table.path, table.sizes),
+        )
 
     def _root(self) -> str:
         return str(Path(self.root).expanduser() if self.root else self.path.expanduser().parent)
 
-    def _rows(self, table: Table) -> Iterator[Row]:
-        parquet = table.path.suffix.lower() == ".parquet"
-        return table.keep(self._parquet(table.path)) if parquet else table.rows()
-
-    def _parquet(self, path: Path) -> Iterator[tuple[int, Any]]:
-        """Number and needed columns of every row."""
+    def _table(self, path: Path) -> Table | ParquetRows:
         columns = [self.image, self.caption, *([self.label] if self.label else []), *self.where]
-        with _readable(path), pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(BATCH, columns=list(dict.fromkeys(columns)), use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+        return ParquetRows(path, columns) if path.suffix.lower() == ".parquet" else Table(path)
 
     def _paths_in(self, path: Path) -> bool:
-        """Whether a Parquet file holds paths of pictures, and not pictures."""
-        with _readable(path):
-            schema = pq.read_schema(path)
-        for column in (self.image, self.caption, *([self.label] if self.label else []), *self.where):
-            if column not in schema.names:
-                raise DataError(f"{path}: no column '{column}'; it has {listed(schema.names)}")
-        kind = schema.field(self.image).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        return bool(
-            pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-        )
+        """Whether a Parquet file holds paths of pictures, and not pictures.
+
+        Raises:
+            DataError: it cannot be read, or columns are missing or of a wrong type.
+        """
+        schema = table_files.opened(path).schema
+        columns = table_rows.Columns(self.image, self.caption, self.label, where=self.where)
+        table_rows.check_types(path, schema, columns)
+        return table_rows.is_text(schema.field(self.image).type)
 
     def _with_bytes(self) -> Parquet:
         names = ("path", "image", "caption", "label", "root", "where", "max_bad_share")
@@ -155,8 +154,8 @@ class Pairs(Plugin):
         """
         picture, captions, label = self._cells(row.content)
         encoded(label or "")
-        size = picture_bytes(os.path.join(root, picture)) if self.check_files else 0
-        found.add(row, encoded(picture), size, captions)
+        status = picture_status(os.path.join(root, picture)) if self.check_files else None
+        found.add(row, encoded(picture), status, captions)
 
     def _cells(self, row: Any) -> tuple[str, tuple[str, ...], str | None]:
         """Picture, captions and class of a row.
@@ -202,20 +201,22 @@ class _Found:
     ends: "array[int]" = field(default_factory=_numbers)
     sizes: "array[int]" = field(default_factory=_numbers)
     """Of the pictures, in bytes."""
+    modified: "array[int]" = field(default_factory=_numbers)
     caption_bytes: "array[int]" = field(default_factory=_numbers)
     """Of all captions of a row."""
     caption_counts: "array[int]" = field(default_factory=_numbers)
     """Number of captions of a row."""
     problems: list[str] = field(default_factory=list)
 
-    def add(self, row: Row, name: bytes, size: int, captions: tuple[str, ...]) -> None:
+    def add(self, row: Row, name: bytes, status: os.stat_result | None, captions: tuple[str, ...]) -> None:
         """Note a row."""
         self.names += name
         self.name_ends.append(len(self.names))
         self.keys += blake2b(name, digest_size=16).digest()
         self.starts.append(row.start)
         self.ends.append(row.end)
-        self.sizes.append(size)
+        self.sizes.append(status.st_size if status else 0)
+        self.modified.append(status.st_mtime_ns if status else 0)
         self.caption_bytes.append(sum(len(caption.encode()) for caption in captions))
         self.caption_counts.append(len(captions))
 
@@ -227,11 +228,3 @@ def _grouped(keys: NDArray[np.bytes_]) -> tuple[NDArray[np.int64], NDArray[np.in
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return first[order], rank[group]
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read ({error}); replace it or correct 'path'") from error

@@ -20,6 +20,7 @@ from beitctl_plugins.sources.rows import Counting, Files
 from beitctl_plugins.sources.shards import Shard, shards
 from beitctl_plugins.sources.table_files import ENDINGS, Groups, InGroups, TableFile
 from beitctl_plugins.sources.table_rows import Columns, Judge, Named
+from beitctl_plugins.sources.wording import no_row
 
 LIGHT_ROWS, PICTURE_ROWS = 4096, 64
 """Rows that are judged at a time, without and with their pictures."""
@@ -98,10 +99,7 @@ class Parquet(Plugin):
                 counting.at(found.count)
         rows = found.rows()
         if not len(rows) and not found.problems:
-            wanted = ", ".join(f"{key} = {value!r}" for key, value in self.where.items())
-            raise DataError(
-                f"{self.path}: no row{' with ' if wanted else ''}{wanted}; correct 'path' or 'where'"
-            )
+            raise DataError(f"{self.path}: {no_row(self.where)}")
         check_share(self.path, found.problems, len(rows), self.max_bad_share)
         settings = self.model_dump_json(exclude={"path", "root", "max_bad_share"})
         reader = _Reader(self, columns or Columns(), files, found)

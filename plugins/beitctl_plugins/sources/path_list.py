@@ -17,7 +17,7 @@ from beitctl.data.arrays import Texts
 from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl_plugins.sources.opened import Opened, check_share, existing
-from beitctl_plugins.sources.rows import Counting, UnusableError, hashed, lines, picture_bytes, short
+from beitctl_plugins.sources.rows import Counting, UnusableError, hashed, lines, picture_status, short
 
 LINE_BYTES = 2**16
 """No path is longer; such a file is no list."""
@@ -48,7 +48,7 @@ class PathList(Plugin):
         try:
             listed = [line or b"" for _, line in islice(_listed(path), 5)]
             for line in listed:
-                picture_bytes(os.path.join(path.parent, line.decode().partition("\t")[0]))
+                picture_status(os.path.join(path.parent, line.decode().partition("\t")[0]))
         except (DataError, UnusableError, UnicodeDecodeError):
             return None
         if not listed:
@@ -67,14 +67,16 @@ class PathList(Plugin):
             raise DataError(f"{path}: a folder, but 'path' must be a text file with one path a line")
         root = str(Path(self.root).expanduser() if self.root else path.parent)
         found: dict[str, str] = {}
-        sizes, problems = array("q"), list[str]()
+        sizes, modified, problems = array("q"), array("q"), list[str]()
         with Counting(path.name) as counting:
             for number, line in _listed(path):
                 try:
                     name, label = self._parts(line, root)
                     if name in found:
                         raise UnusableError(f"listed before: {short(name)}")
-                    sizes.append(picture_bytes(os.path.join(root, name)))
+                    status = picture_status(os.path.join(root, name))
+                    sizes.append(status.st_size)
+                    modified.append(status.st_mtime_ns)
                     found[name] = label
                 except UnusableError as error:
                     problems.append(f"{path.name}:{number}: {error}")
@@ -86,7 +88,7 @@ class PathList(Plugin):
         files = hashed(names, np.array(sizes), lambda name: os.path.join(root, name), self.labels)
         key = digest(files, labels.block.tobytes(), labels.ends.astype("<i8").tobytes()).hex()
         example = functools.partial(_example, root, names, labels if self.labels != "none" else None)
-        return Opened(range(len(names)), example, key, problems)
+        return Opened(range(len(names)), example, key, problems, state=digest(modified.tobytes()).hex())
 
     def _parts(self, line: bytes | None, root: str) -> tuple[str, str]:
         """Path and class on a line.

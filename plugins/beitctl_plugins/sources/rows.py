@@ -172,7 +172,7 @@ class Table:
         found: dict[str, Any] = json.loads(data)
         return found
 
-    def keep(self, rows: Iterable[tuple[int, Any]]) -> Iterator[Row]:
+    def _keep(self, rows: Iterable[tuple[int, Any]]) -> Iterator[Row]:
         """Rows by line, as JSON in memory, where their file cannot be read from the middle."""
         block = bytearray()
         for line, content in rows:
@@ -199,7 +199,7 @@ class Table:
         rows = json.loads(self.path.read_bytes())
         if not isinstance(rows, list):
             raise DataError(f"{self.path}: expected a list of objects, found {short(rows)}")
-        yield from self.keep(enumerate(rows, 1))
+        yield from self._keep(enumerate(rows, 1))
 
     def _csv(self) -> Iterator[Row]:
         csv.field_size_limit(max(csv.field_size_limit(), ROW_BYTES))
@@ -335,8 +335,8 @@ def megabytes(count: int) -> str:
     return f"{count // 2**20} MB"
 
 
-def picture_bytes(path: str) -> int:
-    """Bytes of a picture.
+def picture_status(path: str) -> os.stat_result:
+    """Size and time of a picture.
 
     Raises:
         UnusableError: there is none.
@@ -348,7 +348,7 @@ def picture_bytes(path: str) -> int:
     regular = stat.S_ISREG(status.st_mode)
     if not regular or not status.st_size:
         raise UnusableError(f"{'empty' if regular else 'no'} picture {cut(path)}")
-    return status.st_size
+    return status
 
 
 def hashed(names: Texts, sizes: NDArray[np.int64], place: Callable[[str], str], *settings: str) -> str:

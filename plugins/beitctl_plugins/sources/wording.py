@@ -1,6 +1,6 @@
 """Names from broken files in messages: on one line, printable, and never longer than somebody reads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 
 SHOWN_NAMES = 20
@@ -28,3 +28,9 @@ def listed(names: Iterable[object]) -> str:
     first = [cut(str(name), 60) for name in islice(names, SHOWN_NAMES)]
     more = sum(1 for _ in names)
     return (", ".join(first) or "nothing") + (f" and {more:,} more" if more else "")
+
+
+def no_row(where: Mapping[str, str]) -> str:
+    """That nothing is left of a table."""
+    wanted = ", ".join(f"{key} = {value!r}" for key, value in where.items())
+    return f"no row{' with ' if wanted else ''}{wanted}; correct 'path' or 'where'"
