@@ -215,8 +215,10 @@ class TrainConfig:
     """Steps between log records."""
     max_minutes: float = 0.0
     """Stop politely (exit 75) after this much time in one run; 0: no limit."""
+    hang_minutes: float = 30.0
+    """A process that finishes no step in this time is ended (exit 75) with its stacks on disk; 0: never."""
     max_bad_share: float = 0.001
-    """Share of a source's examples that may be unreadable; one always may."""
+    """Share of an objective's examples that may be unreadable; one always may."""
     workers: int = 0
     """Data-loading processes per rank; 0 loads in the main process."""
     log_samples: bool = False
@@ -226,6 +228,8 @@ class TrainConfig:
         for name in ("steps", "keep_checkpoints", "log_every_steps", "save_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.hang_minutes < 0:
+            raise ValueError(f"hang_minutes ({self.hang_minutes}) must not be negative")
         if self.save_every_minutes <= 0:
             raise ValueError(f"save_every_minutes ({self.save_every_minutes}) must be positive")
         if self.micro_samples < 0 or self.workers < 0 or self.max_minutes < 0 or self.seed < 0:

@@ -21,6 +21,7 @@ from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import Ranks
 from beitctl.engine.guard import Signals, worker_ignores_signals
 from beitctl.engine.quarantine import Quarantine
+from beitctl.engine.watchdog import Watchdog
 from beitctl.errors import DivergedError, Interrupted, Stopped, UserError
 
 STREAK = 3
@@ -228,7 +229,8 @@ def train(
     loop.quarantine.restore(begin)
     session.started(begin)
     last_save = begin
-    with Signals(session.folder) as signals:
+    watchdog = Watchdog(session.folder, session.ranks.rank, config.hang_minutes)
+    with Signals(session.folder) as signals, watchdog:
         clock = time.monotonic()
         for index, micro in zip(
             range(begin, config.steps),
@@ -256,10 +258,12 @@ def train(
                 loop.save(number)
                 last_save = number
             now = time.monotonic()
+            watchdog.beat()
             yield Step(
                 number, lr, norm, totals, tuple(counts), loop.terms, loop.weights, wishes["samples"],
                 now - clock, wait, session.ranks,
             )  # fmt: skip
+            watchdog.beat()
             clock = time.monotonic()
 
 
