@@ -53,8 +53,8 @@ class Watchdog:
     def _end(self) -> None:
         """Write down where every thread is, and leave; the process cannot be trusted to end in order."""
         text = (
-            f"rank {self.rank}: no step in {self.limit / 60:g} minutes (train.hang_minutes); {self.path} says "
-            f"where its threads are. The same command goes on from the last checkpoint\n"
+            f"rank {self.rank}: no step in {self.limit / 60:g} minutes (train.hang_minutes); {self.path} "
+            f"says where its threads are. The same command goes on from the last checkpoint\n"
         )
         os.write(2, text.encode())
         try:

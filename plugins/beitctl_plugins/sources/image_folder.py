@@ -27,6 +27,8 @@ from beitctl_plugins.sources.rows import Counting, hashed, printable
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 HIDDEN = "(hidden)"
+SHOWN = 1000
+"""So many files are counted before the number is shown."""
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 """Names of folders that are parts of a data set, and no classes."""
 
@@ -84,10 +86,11 @@ class ImageFolder(Plugin):
         root = existing(self.path)
         if not root.is_dir():
             raise DataError(f"{root}: a file, but 'path' must be a folder of pictures")
-        search = _Search(str(root), tuple("." + ending.lower().lstrip(".") for ending in self.extensions))
+        endings = tuple("." + ending.lower().lstrip(".") for ending in self.extensions)
+        search = _Search(str(root), endings, Counting(f"files in {root}"))
         table = found_in(root, self.metadata, search.problems)
-        with Counting(f"files in {root}") as counting:
-            found = search.pictures(counting, below=self.labels == "folders")
+        with search.counting:
+            found = search.pictures(below=self.labels == "folders")
         if not len(found.names):
             problems = "".join(f"\n  {line}" for line in search.problems[:5])
             raise DataError(
@@ -143,68 +146,88 @@ class _Search:
 
     root: str
     endings: tuple[str, ...]
+    counting: Counting
+    seen: int = 0
     problems: list[str] = field(default_factory=list)
     folders: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
     linked: set[tuple[int, int]] = field(default_factory=set)
     """Folders that a link led to: each is entered once, or links across would multiply."""
 
-    def pictures(self, counting: Counting, *, below: bool) -> _Pictures:
+    def pictures(self, *, below: bool) -> _Pictures:
         """The pictures below the root, with ``below`` none of those directly in it.
 
         A folder is sorted as if its name ended with a slash, and what it holds comes in its place: that is
-        the order of the full names, and only the names of the folders on the way are in memory as objects.
+        the order of the full names, and only those of the folders on the way are in memory as objects.
         """
         block, ends, sizes = bytearray(), array("q"), array("q")
         times = blake2b(digest_size=16)
         lone = list[str]()
-        waiting = [iter(self._entries("", False, ()))]
+        waiting = [self._entries(_Step("", False, ()))]
         while waiting:
             entry = next(waiting[-1], None)
             if entry is None:
                 waiting.pop()
             elif isinstance(entry, _Step):
-                waiting.append(iter(self._entries(*entry)))
-                counting.at(len(ends))
-            elif below and "/" not in entry.name:
-                lone.append(f"{printable(entry.name)}: lies in no class folder")
+                waiting.append(self._entries(entry))
+            elif below and "/" not in entry[0]:
+                lone.append(f"{printable(entry[0])}: lies in no class folder")
             else:
-                block += entry.name.encode("utf-8", "surrogateescape")
+                name, size, modified = entry
+                block += name.encode("utf-8", "surrogateescape")
                 ends.append(len(block))
-                sizes.append(entry.size)
-                times.update(entry.modified.to_bytes(16, "little", signed=True))
+                sizes.append(size)
+                times.update(modified.to_bytes(16, "little", signed=True))
         self.problems += lone
         names = Texts(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64))
         return _Pictures(names, np.frombuffer(sizes, np.int64), times.hexdigest())
 
-    def _entries(self, folder: str, link: bool, above: tuple[tuple[int, int], ...]) -> "Iterator[_Entry]":
-        """Pictures and folders in a folder, sorted; what cannot be used is noted."""
-        here = self._entered(folder, link, above)
+    def _entries(self, step: "_Step") -> "Iterator[_Step | tuple[str, int, int]]":
+        """Names, sizes and times of the pictures in a folder, and its folders, sorted."""
+        here = self._entered(*step)
         if here is None:
             return
-        found: list[_Entry] = []
-        problems = list[str]()
+        start = f"{step.name}/" if step.name else ""
+        names, sizes, times = list[str](), array("q"), array("q")
+        links, problems = set[str](), list[str]()
         try:
-            with os.scandir(os.path.join(self.root, folder)) as entries:
-                for entry in entries:
-                    name = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.name.startswith("."):
-                        self.ignored[HIDDEN] += 1
-                    elif _is_folder(entry):
-                        found.append(_Step(name, entry.is_symlink(), (*above, here)))
-                    elif not entry.name.lower().endswith(self.endings):
-                        self.ignored[_ending(entry.name)] += 1
-                    elif isinstance(picture := _picture(entry, name), _Picture):
-                        found.append(picture)
-                    else:
-                        problems.append(f"{printable(name)}: {picture}")
+            for entry in self._listed(step.name):
+                folder = _is_folder(entry)
+                found = (0, 0) if folder else _picture(entry, start + entry.name)
+                if isinstance(found, str):
+                    problems.append(f"{printable(start + entry.name)}: {found}")
+                    continue
+                names.append(f"{entry.name}/" if folder else entry.name)
+                sizes.append(found[0])
+                times.append(found[1])
+                if folder and entry.is_symlink():
+                    links.add(names[-1])
         except OSError as error:
-            self._leave_out(folder or ".", f"folder cannot be read ({error.strerror})")
+            self._leave_out(step.name or ".", f"folder cannot be read ({error.strerror})")
             return
         self.problems += sorted(problems)
         self.folders += 1
-        found.sort(key=_in_order)
-        yield from found
+        for place in sorted(range(len(names)), key=names.__getitem__):
+            name = names[place]
+            if name.endswith("/"):
+                yield _Step(start + name[:-1], name in links, (*step.above, here))
+            else:
+                yield start + name, sizes[place], times[place]
+
+    def _listed(self, folder: str) -> Iterator[os.DirEntry[str]]:
+        """Folders and files with the right endings; others are counted."""
+        with os.scandir(os.path.join(self.root, folder)) as entries:
+            for entry in entries:
+                self.seen += 1
+                if self.seen % SHOWN == 0:
+                    self.counting.at(self.seen)
+                if entry.name.startswith("."):
+                    self.ignored[HIDDEN] += 1
+                elif entry.name.lower().endswith(self.endings) or _is_folder(entry):
+                    yield entry
+                else:
+                    self.ignored[_ending(entry.name)] += 1
+        self.counting.at(self.seen)
 
     def _entered(self, folder: str, link: bool, above: tuple[tuple[int, int], ...]) -> tuple[int, int] | None:
         """Which folder it is on disk; None if it cannot be entered, or was already."""
@@ -238,23 +261,8 @@ class _Step(NamedTuple):
     """The folders that it lies in."""
 
 
-class _Picture(NamedTuple):
-    """A file that can be expected to hold a picture."""
-
-    name: str
-    size: int
-    modified: int
-
-
-_Entry = _Step | _Picture
-
-
-def _in_order(entry: _Entry) -> str:
-    return f"{entry.name}/" if isinstance(entry, _Step) else entry.name
-
-
-def _picture(entry: os.DirEntry[str], name: str) -> _Picture | str:
-    """A picture, or why there is none."""
+def _picture(entry: os.DirEntry[str], name: str) -> tuple[int, int] | str:
+    """Size and time of a file that can be expected to hold a picture, or why it cannot."""
     try:
         status = entry.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -267,7 +275,7 @@ def _picture(entry: os.DirEntry[str], name: str) -> _Picture | str:
         return "name is not UTF-8"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return _Picture(name, status.st_size, status.st_mtime_ns) if status.st_size else "empty file"
+    return (status.st_size, status.st_mtime_ns) if status.st_size else "empty file"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
