@@ -116,9 +116,11 @@ def main() -> None:
     """Entry point: runs the command of ``sys.argv`` and exits with its code."""
     signal.signal(signal.SIGTERM, _terminated)
     code = execute(sys.argv[1:])
-    group = sys.modules.get("torch.distributed")
-    if group is not None and group.is_available() and group.is_initialized():
-        os._exit(code)  # a rank failed: to leave the group in order would take all the others
+    if launch.world(os.environ) > 1:
+        # without finalizers: after a failure leaving the group in order would take all the other ranks, and
+        # after success threads of the collectives now and then end the process with SIGABRT
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -40,12 +40,13 @@ def test_a_sample_is_whole_batches_and_no_more(tmp_path):
 
 
 def test_other_codes_fail_the_check_and_name_the_picture(tmp_path, tiny):
-    tokenize(tmp_path)
+    exact = stage(precision="fp32")  # bf16, where a machine has it, allows some
+    tokenize(tmp_path, exact)
     tiny.model[0].weight[0] += 1
     with pytest.raises(
         CheckFailed, match=r"of 120 codes differ \(allowed: 0, verify_differing\), in .*n0 \("
     ):
-        verify(tmp_path, stage())
+        verify(tmp_path, exact)
 
 
 def test_a_share_of_the_codes_may_differ_if_it_is_allowed(tmp_path, tiny):
