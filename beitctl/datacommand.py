@@ -73,7 +73,7 @@ def _check(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Say what is there: layout, counts, sizes, classes, captions, and what is broken, twice or left out."""
     from beitctl.inspecting import checking, showing
-    from beitctl.inspecting.looking import printable
+    from beitctl.inspecting.naming import printable
 
     quiet = context.obj.quiet
     found = _found(path, kind, settings)
@@ -149,19 +149,19 @@ def _pack(  # noqa: PLR0913 - one parameter per option
     max_bad_share: ShareOption = 0.001,
 ) -> None:
     """Write small pictures with all that belongs to them as Parquet or tar shards, which are read fast."""
-    from beitctl.inspecting import packing
+    from beitctl.inspecting import sharding
     from beitctl.inspecting.finding import recipe_line
-    from beitctl.inspecting.looking import printable
+    from beitctl.inspecting.naming import printable
     from beitctl.inspecting.showing import size
 
     quiet = context.obj.quiet
     found = _found(path, kind, settings)
-    done = packing.pack(
+    done = sharding.write(
         found,
         found.open(),
         out,
-        packing.Settings(px, quality, format.value, shard_mib * 2**20),
-        packing.Limits(workers or _cores(), max_bad_share, quiet),
+        sharding.Settings(px, quality, format.value, shard_mib * 2**20),
+        sharding.Limits(workers or _cores(), max_bad_share, quiet),
     )
     sys.stdout.write(f"{out}\n")
     if quiet:

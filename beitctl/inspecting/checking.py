@@ -11,10 +11,11 @@ import numpy as np
 from beitctl.api import Example, Examples
 from beitctl.data.images import Pictures
 from beitctl.errors import DataError
+from beitctl.inspecting.bars import Bar
 from beitctl.inspecting.counting import Classes, Digests, Spread, Writing
 from beitctl.inspecting.finding import Found
 from beitctl.inspecting.looking import Measured, Seen, look, read
-from beitctl.inspecting.ordered import bar, in_order
+from beitctl.inspecting.ordered import in_order
 from beitctl.report.events import plain
 
 LISTED = 1000
@@ -51,11 +52,11 @@ def check(
     one = functools.partial(look, examples, pictures=Pictures())
     with (
         contextlib.closing(in_order(one, indices, workers)) as stream,
-        bar("checking", len(indices), quiet=quiet) as advance,
+        Bar("checking", len(indices), quiet=quiet) as bar,
     ):
         for seen in stream:
             counts.add(seen)
-            advance()
+            bar.advance()
     problems = list(getattr(examples, "problems", ()))
     ignored = {str(key): int(value) for key, value in dict(getattr(examples, "ignored", {})).items()}
     return {

@@ -105,14 +105,6 @@ def reason(error: DataError, id: str, image: bytes | Path | None) -> str:
     return text if len(text) <= REASON_CHARACTERS else text[: REASON_CHARACTERS - 1] + "…"
 
 
-def printable(text: str, characters: int | None = None) -> str:
-    """A name as it can be shown: line breaks and control characters are escaped, the middle is cut out."""
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    if characters is None or len(safe) <= characters:
-        return safe
-    return f"{safe[: characters // 2 - 1]}…{safe[-(characters - characters // 2) :]}"
-
-
 def content(image: bytes | Path, id: str) -> bytes:
     """An encoded picture.
 

@@ -1,14 +1,11 @@
-"""Work on many examples by several threads, with results in order and little in memory; and the bar."""
+"""Work on many examples by several threads, with results in order and little in memory."""
 
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
-
-from beitctl.report.progress import on_terminal
 
 CHUNK = 16
 """Examples that a thread takes at a time."""
@@ -42,25 +39,3 @@ def in_order(
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def bar(title: str, total: int, *, quiet: bool = False, done: int = 0) -> Iterator[Callable[[], None]]:
-    """A bar on stderr if that is a terminal; yields what moves it on by one."""
-    if quiet or not on_terminal():
-        yield lambda: None
-        return
-    # rich takes longer to import than the rest of the command line, and many runs have no terminal
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import (  # noqa: PLC0415
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total, completed=done)
-        yield lambda: progress.advance(task)

@@ -8,7 +8,8 @@ from PIL import Image
 from beitctl.api import Example, Examples
 from beitctl.data.images import FAULTS, ORIENTATION, Pictures
 from beitctl.errors import DataError, UserError
-from beitctl.inspecting.looking import Seen, content, header, printable, read, reason
+from beitctl.inspecting.looking import Seen, content, header, read, reason
+from beitctl.inspecting.naming import printable
 from beitctl.inspecting.shards import Ready
 
 LONGEST_SIDE = 65_500

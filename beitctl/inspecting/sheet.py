@@ -11,7 +11,8 @@ from beitctl.data.images import Pictures
 from beitctl.data.order import generator
 from beitctl.errors import DataError
 from beitctl.inspecting.checking import spread_over
-from beitctl.inspecting.looking import Seen, printable, read, reason
+from beitctl.inspecting.looking import Seen, read, reason
+from beitctl.inspecting.naming import printable
 from beitctl.inspecting.ordered import in_order
 from beitctl.report.figures import Row, Tile, gallery
 

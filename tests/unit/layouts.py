@@ -22,7 +22,7 @@ from source_files import tar
 from beitctl import registry
 from beitctl.api import Plugin
 from beitctl.data.tar_keys import key
-from beitctl.inspecting import finding, packing
+from beitctl.inspecting import finding, sharding
 from beitctl.inspecting.journal import packed
 from beitctl_plugins.sources.coco import Coco
 from beitctl_plugins.sources.flickr30k import Flickr30k
@@ -284,8 +284,8 @@ def _pack(folder: Path, made: Sequence[Row], format: Any) -> Plugin:
     """What ``beitctl data pack`` makes of the Parquet file."""
     source: Any = parquet_bytes(folder / "from", made)
     found = finding.Found("parquet", source.model_dump(exclude_defaults=True), source)
-    settings = packing.Settings(px=64, format=format, shard_bytes=3000)
-    packing.pack(found, source.open(), folder / "pack", settings, packing.Limits(workers=1, quiet=True))
+    settings = sharding.Settings(px=64, format=format, shard_bytes=3000)
+    sharding.write(found, source.open(), folder / "pack", settings, sharding.Limits(workers=1, quiet=True))
     read = packed(folder / "pack") or {}
     plugin: Plugin = registry.get(finding.GROUP, read.pop("kind")).model_validate(read)
     return plugin

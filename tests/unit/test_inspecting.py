@@ -14,7 +14,8 @@ from beitctl.errors import ChangedError, DataError, PluginError, UserError
 from beitctl.inspecting.checking import check, refuse
 from beitctl.inspecting.counting import Classes, Digests, Spread, Writing, script
 from beitctl.inspecting.finding import contents, find
-from beitctl.inspecting.looking import look, printable
+from beitctl.inspecting.looking import look
+from beitctl.inspecting.naming import printable
 from beitctl.inspecting.ordered import in_order
 from beitctl.inspecting.sheet import chosen, sheet
 from beitctl.inspecting.showing import show, size
@@ -312,7 +313,7 @@ def test_a_report_fits_into_80_columns(capsys):
 
 
 def test_control_characters_are_shown_escaped_and_long_names_lose_their_middle():
-    assert printable("a\n\x1b[1m\udce9") == r"a\n\x1b[1m\udce9"
+    assert printable("a\n\x1b[1m\udce9") == r"a\n\x1b[1m\xe9"
     assert printable("abcdefghij", 6) == "ab…hij"
 
 

@@ -19,10 +19,10 @@ from beitctl.api import Example
 from beitctl.data.images import Pictures
 from beitctl.data.lock import locked
 from beitctl.errors import CapacityError, ChangedError, DataError, Interrupted, UserError
-from beitctl.inspecting import packing, shards
+from beitctl.inspecting import sharding, shards
 from beitctl.inspecting.journal import packed
-from beitctl.inspecting.packing import Limits, Settings
 from beitctl.inspecting.resizing import prepare
+from beitctl.inspecting.sharding import Limits, Settings
 from beitctl.inspecting.shards import key
 
 SMALL = Settings(px=16, shard_bytes=6000)
@@ -31,7 +31,7 @@ ALL = Limits(max_bad_share=1, quiet=True)
 
 def pack(rows, out, settings=SMALL, limits=ALL, **others):
     source, opened = found(rows, **others)
-    return packing.pack(source, opened, out, settings, limits)
+    return sharding.write(source, opened, out, settings, limits)
 
 
 def files(folder):
@@ -61,20 +61,20 @@ def interrupted(monkeypatch):
     """Makes the next pack end with an error when so many examples have been read."""
 
     def after(count, error):
-        real, seen = packing.in_order, []
+        real, seen = sharding.in_order, []
 
         def stream(*arguments):
             def limited():
                 for item in real(*arguments):
                     if len(seen) == count:
-                        monkeypatch.setattr(packing, "in_order", real)
+                        monkeypatch.setattr(sharding, "in_order", real)
                         raise error
                     seen.append(item)
                     yield item
 
             return limited()
 
-        monkeypatch.setattr(packing, "in_order", stream)
+        monkeypatch.setattr(sharding, "in_order", stream)
 
     return after
 
@@ -334,7 +334,7 @@ def test_too_many_broken_examples_end_a_pack_that_goes_on_if_more_are_allowed(tm
 
 
 def test_very_many_broken_examples_end_a_pack_early(tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "MANY", 3)
+    monkeypatch.setattr(sharding, "MANY", 3)
     rows = [BROKEN] * 5 + examples(30)
     with pytest.raises(DataError, match="3 of 35 examples are broken"):
         pack(rows, tmp_path / "p", limits=Limits(max_bad_share=0.05, quiet=True))

@@ -5,7 +5,7 @@ from source_files import examples, fill, ids, png
 
 from beitctl.data.arrays import Texts
 from beitctl.errors import DataError
-from beitctl_plugins.sources import rows
+from beitctl.inspecting import bars
 from beitctl_plugins.sources.image_folder import ImageFolder
 from beitctl_plugins.sources.pairs import Pairs
 from beitctl_plugins.sources.text import Text
@@ -194,8 +194,8 @@ def test_folders_without_pictures_and_files_are_not_guessed(tmp_path):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_long_search_counts_on_a_terminal_only(tmp_path, monkeypatch, capsys, terminal):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(rows, "PATIENCE", 0)
-    monkeypatch.setattr(rows, "on_terminal", lambda: terminal)
+    monkeypatch.setattr(bars, "PATIENCE", 0)
+    monkeypatch.setattr(bars, "on_terminal", lambda: terminal)
     ImageFolder(path=fill(tmp_path, "1.png")).open()
     out, err = capsys.readouterr()
     assert out == ""

@@ -66,6 +66,18 @@ def test_an_epoch_reads_large_groups_about_once(tmp_path, reads, kind, sizes):
     assert names[:50] != sorted(names[:50]), "mixed within a group"
 
 
+def test_never_more_than_two_large_groups_are_in_memory(tmp_path, reads, monkeypatch):
+    opened = Text(path=write(tmp_path, [750] * 4)).open()
+    cache, kept = opened.example.__self__._groups._cache, []
+    batches = table_files.ParquetTable.batches
+    monkeypatch.setattr(
+        table_files.ParquetTable, "batches", lambda *some: kept.append(len(cache)) or batches(*some)
+    )
+    walk(opened)
+    assert max(kept) == 1, "beside the one that is read"
+    assert len(cache) == 2
+
+
 def test_many_small_groups_are_mixed_as_far_as_memory_goes(tmp_path, reads):
     write(tmp_path, [100] * 30)
     opened = Text(path=tmp_path).open()

@@ -8,7 +8,7 @@ import pytest
 from source_files import examples, ids
 
 from beitctl.errors import ChangedError, DataError
-from beitctl_plugins.sources import text
+from beitctl_plugins.sources import text, text_index, text_pieces
 from beitctl_plugins.sources.text import Text
 
 
@@ -123,13 +123,13 @@ def test_lengths_are_bytes_and_shards_are_files(tmp_path):
 
 
 def test_a_large_file_is_several_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "RUN", 2)
+    monkeypatch.setattr(text_pieces, "RUN", 2)
     (tmp_path / "a.txt").write_text("1\n2\n3\n4\n5\n")
     assert list(Text(path=tmp_path).open().shards) == [2, 2, 1]
 
 
 def test_pieces_that_are_too_long_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "PIECE_BYTES", 100)
+    monkeypatch.setattr(text_pieces, "PIECE_BYTES", 100)
     (tmp_path / "a.txt").write_text("short\n" + "x" * 200 + "\nshort\n")
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "%s"}' % ("x" * 200))
     pq.write_table(pa.table({"text": ["x" * 200, "a"]}), tmp_path / "c.parquet")
@@ -170,13 +170,13 @@ def test_text_that_changes_or_goes_ends_the_run(tmp_path, name):
 
 def test_the_places_of_a_large_corpus_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("BEITCTL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(text, "INDEX_BYTES", 0)
+    monkeypatch.setattr(text_index, "INDEX_BYTES", 0)
     (tmp_path / "in").mkdir()
     file = tmp_path / "in" / "a.jsonl"
     file.write_text('{"text": "one"}\n{}\n{"text": "two"}\n')
     os.utime(file, (1e9, 1e9))
     first = Text(path=file, max_bad_share=0.5).open()
-    monkeypatch.setattr(text._Corpus, "_build", lambda self: pytest.fail("built again"))
+    monkeypatch.setattr(text_index._Index, "fill", lambda self, new: pytest.fail("built again"))
     again = Text(path=file, max_bad_share=0.5).open()
     assert examples(again) == examples(first)
     assert (again.problems, again.fingerprint) == (first.problems, first.fingerprint)

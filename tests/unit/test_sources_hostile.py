@@ -9,6 +9,7 @@ import pytest
 from source_files import examples, fill, png, tar
 
 from beitctl.errors import DataError
+from beitctl.inspecting.naming import printable
 from beitctl_plugins.sources import table_files
 from beitctl_plugins.sources.image_folder import ImageFolder
 from beitctl_plugins.sources.pairs import Pairs
@@ -16,7 +17,7 @@ from beitctl_plugins.sources.parquet import Parquet
 from beitctl_plugins.sources.path_list import PathList
 from beitctl_plugins.sources.text import Text
 from beitctl_plugins.sources.webdataset import WebDataset
-from beitctl_plugins.sources.wording import cut, listed
+from beitctl_plugins.sources.wording import listed
 
 GOOD = {"image": "1.png", "file_name": "1.png", "caption": "c", "text": "t"}
 HOSTILE = [
@@ -67,9 +68,9 @@ def test_the_columns_of_a_table_are_listed_in_few_words(tmp_path, source):
 
 
 def test_names_are_cut_in_the_middle_and_listed_to_the_twentieth():
-    assert cut("a" * 200 + "b" * 200, 10) == "aaaaa...bbbbb"
-    assert cut("naïve/猫.png") == "naïve/猫.png"
-    assert cut("a\nb\udcff") == "a\\nb\\udcff"
+    assert printable("a" * 200 + "b" * 200, 10) == "aaaa…bbbbb"
+    assert printable("naïve/猫.png") == "naïve/猫.png"
+    assert printable("a\nb\udcff") == "a\\nb\\xff"
     assert listed(["a", "b"]) == "a, b"
     assert listed(map(str, range(22))).endswith("18, 19 and 2 more")
     assert listed([]) == "nothing"

@@ -12,13 +12,15 @@ import numpy as np
 
 from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
-from beitctl.data.order import digest
 from beitctl.errors import DataError
+from beitctl.inspecting.naming import printable
+from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.metadata import captions_in
+from beitctl_plugins.sources.names import PICTURES
 from beitctl_plugins.sources.opened import Opened, check_share, existing
-from beitctl_plugins.sources.rows import UnusableError, encoded, hashed, printable, short
+from beitctl_plugins.sources.rows import UnusableError, encoded, short
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS = tuple(f".{ending}" for ending in PICTURES)
 TEXT_BYTES = 2**20
 """Longer questions, statements and answers are left out."""
 SHOWN = 20
@@ -122,34 +124,26 @@ def cell(row: Any, key: str, kind: type) -> Any:
     return found
 
 
-def shown(name: str) -> str:
-    """A name from an annotation file on one line, also with half characters in it."""
-    return printable(name.encode(errors="backslashreplace").decode())
-
-
 class Pictures:
     """Files below a folder, found in listings of its folders."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.used: dict[str, int] = {}
-        """Sizes of the files that examples need."""
-        self.modified = 0
-        """Sum of the times of all pictures."""
-        self._folders: dict[str, dict[str, int]] = {}
+        self.used: dict[str, tuple[int, int]] = {}
+        """Sizes and times of the files that examples need."""
+        self._folders: dict[str, dict[str, tuple[int, int]]] = {}
         self._empty: set[str] = set()
 
-    def names(self, folder: str) -> dict[str, int]:
-        """Sizes of the pictures in a folder by their names, sorted; nothing where there is no such folder."""
+    def names(self, folder: str) -> dict[str, tuple[int, int]]:
+        """Sizes and times of the pictures in a folder by name, sorted; nothing where there is no folder."""
         if folder not in self._folders:
             found = {}
             try:
                 with os.scandir(self.root / folder) as entries:
                     for entry in entries:
-                        if entry.name.lower().endswith(PICTURES) and entry.name[0] != "." and entry.is_file():
+                        if entry.name.lower().endswith(ENDINGS) and entry.name[0] != "." and entry.is_file():
                             status = entry.stat()
-                            found[entry.name] = status.st_size
-                            self.modified += status.st_mtime_ns
+                            found[entry.name] = (status.st_size, status.st_mtime_ns)
             except (FileNotFoundError, NotADirectoryError, ValueError):
                 found = {}
             except OSError as error:
@@ -175,12 +169,12 @@ class Pictures:
             folder, _, name = place.rpartition("/")
             if place.startswith("/") or ".." in place.split("/"):
                 raise UnusableError(f"its path leads out of the data set: {short(place)}")
-            size = self.names(folder).get(name)
-            if size == 0:
+            status = self.names(folder).get(name)
+            if status and not status[0]:
                 self._empty.add(place)
-                raise UnusableError(f"empty picture {shown(place)}")
-            if size:
-                self.used[place] = size
+                raise UnusableError(f"empty picture {printable(place)}")
+            if status:
+                self.used[place] = status
                 return place
         raise UnusableError(f"no picture {short(places[0])}")
 
@@ -189,7 +183,7 @@ class Pictures:
         for folder in folders:
             for name in self.names(folder):
                 if f"{folder}/{name}" not in self.used and f"{folder}/{name}" not in self._empty:
-                    yield f"{shown(f'{folder}/{name}')}: nothing in the annotations names it"
+                    yield f"{printable(f'{folder}/{name}')}: nothing in the annotations names it"
 
 
 class _Column:
@@ -251,7 +245,7 @@ class Builder:
         try:
             add()
         except UnusableError as error:
-            self.problems.append(f"{shown(where)}: {error}")
+            self.problems.append(f"{printable(where)}: {error}")
 
     def opened(self, source: Plugin, annotations: Iterable[Path], limit: float) -> Opened:
         """All of it as examples.
@@ -261,25 +255,23 @@ class Builder:
         """
         root = self.pictures.root
         check_share(root, self.problems, len(self), limit)
-        files = dict(sorted(self.pictures.used.items()))
-        own = {f"annotations:{path.name}": path for path in annotations}
-        files |= {name: path.stat().st_size for name, path in own.items()}
+        hashed = FileHash(str(root))
+        for name, status in sorted(self.pictures.used.items()):
+            hashed.add(name, *status)
+        for path in annotations:
+            there = path.stat()
+            hashed.add(f"annotations:{path.name}", there.st_size, there.st_mtime_ns, str(path))
         settings = source.model_dump_json(exclude={"path", "names", "max_bad_share"})
-        sizes = np.array(list(files.values()), np.int64)
-        fingerprint = hashed(
-            Texts.of(files), sizes, lambda name: str(own[name] if name in own else root / name), settings
-        )
         columns = {name: column.texts() for name, column in self._columns.items() if column.some}
         starts = {name: np.array(some, np.int64) for name, some in self._starts.items()}
         kept = _InColumns(root, columns, starts)
-        state = digest(self.pictures.modified, *(path.stat().st_mtime_ns for path in own.values())).hex()
         return Opened(
             range(len(self)),
             kept.example,
-            fingerprint,
+            hashed.key(settings),
             self.problems,
             lengths=kept.lengths(),
-            state=state,
+            state=hashed.state(),
         )
 
 

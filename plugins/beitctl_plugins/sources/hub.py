@@ -17,7 +17,9 @@ from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl.report.progress import on_terminal
 from beitctl_plugins.sources import hub_rows, table_files, table_rows
+from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.hub_files import Streamed, Urls
+from beitctl_plugins.sources.names import CAPTION_COLUMNS, TEXT_COLUMNS
 from beitctl_plugins.sources.opened import Opened, check_share
 from beitctl_plugins.sources.rows import Files
 from beitctl_plugins.sources.table_files import InGroups, one_line
@@ -25,9 +27,6 @@ from beitctl_plugins.sources.table_rows import Columns, Judge
 
 TIMEOUT = 10.0
 """Seconds to wait for the Hub's first answer."""
-CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "sentence")
-TEXT_COLUMNS = ("text", "content", "document", "body")
-"""Names of columns that are looked for, best first."""
 CONVERTED = "refs/convert/parquet"
 """Branch where the Hub keeps its own conversion of a data set."""
 
@@ -126,7 +125,7 @@ class Hub(Plugin):
             lengths=sized,
             labelled=reader.label if columns.label else None,
             worded=reader.words if sized is not None else None,
-            state=files.state(),
+            state=digest(FileHash.of(files).state(), judge.named.state()).hex(),
         )
 
     def _loaded(self) -> tuple[Any, dict[str, list[str]]]:
@@ -175,7 +174,7 @@ class Hub(Plugin):
             window=table_files.window(sizes, rows),
             labelled=reader.label if columns.label else None,
             worded=reader.words if columns.caption or columns.text else None,
-            state=key if any("://" in url for url in urls) else Files(urls).state(),
+            state=key if any("://" in url for url in urls) else FileHash.of(Files(urls)).state(),
             notes=table_files.notes(self.dataset, sizes),
         )
 

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from beitctl.data.arrays import Texts, cached
+from beitctl.data.arrays import Arrays, Texts, cached
 from beitctl.data.order import digest
 from beitctl.errors import ChangedError, DataError
-from beitctl_plugins.sources.rows import Counting, Files
+from beitctl.inspecting.bars import Bar
+from beitctl_plugins.sources.rows import Files
 from beitctl_plugins.sources.table_files import BROKEN, Groups, column_sizes, one_line
 
 FOOTERS = 16
@@ -44,7 +45,7 @@ class Urls(Files):
     def index(self) -> NDArray[np.int64]:
         """File, number in it and rows of each row group; from the cache if the files can never change."""
         fixed = all(re.match(r"hf://[^@]+@[0-9a-f]{40}/", url) for url in self.paths)
-        found = cached("hub", digest(2, *self.paths).hex(), self._read) if fixed else self._read()
+        found: Arrays = cached("hub", digest(2, *self.paths).hex(), self._read) if fixed else self._read()
         self.sizes = found["sizes"]
         names = Texts(found["columns"], found["column_ends"])
         self._columns = dict(zip(names, found["bytes"], strict=True))
@@ -84,9 +85,9 @@ class Urls(Files):
         except FileNotFoundError as error:
             raise ChangedError(f"{url}: removed since it was opened; put it back, or start again") from error
 
-    def _read(self) -> dict[str, NDArray[np.int64]]:
+    def _read(self) -> Arrays:
         found: list[tuple[int, list[tuple[int, dict[str, int]]]]] = []
-        with Counting("Parquet files") as counting, ThreadPoolExecutor(FOOTERS) as pool:
+        with Bar("Parquet files") as counting, ThreadPoolExecutor(FOOTERS) as pool:
             for footer in pool.map(self._footer, range(len(self.paths))):
                 found.append(footer)
                 counting.at(len(found))

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from beitctl.api import Example
 from beitctl.data.order import digest
 from beitctl.errors import DataError
+from beitctl.inspecting.bars import Bar
 from beitctl_plugins.sources import opened as sources
 from beitctl_plugins.sources import table_rows
 from beitctl_plugins.sources.metadata import captions_in
-from beitctl_plugins.sources.rows import Counting, Files, UnusableError
+from beitctl_plugins.sources.rows import Files, UnusableError
 from beitctl_plugins.sources.table_files import BROKEN, one_line
 from beitctl_plugins.sources.table_rows import Columns, Judge
 
@@ -134,7 +135,7 @@ def judged(
     good, lengths, problems = [], [], list[str]()
     key, first = b"", 0
     names = judge.columns.names()
-    with Counting(where) as counting:
+    with Bar(where) as counting:
         for pieces in _pieces(data):
             key = digest(key, *_content(pieces, small))
             for batch in pieces:

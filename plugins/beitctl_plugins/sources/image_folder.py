@@ -8,24 +8,23 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
-from beitctl.data.order import digest
 from beitctl.errors import DataError
+from beitctl.inspecting.bars import Bar
+from beitctl.inspecting.naming import printable
+from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.metadata import Metadata, found_in
+from beitctl_plugins.sources.names import PICTURES
 from beitctl_plugins.sources.opened import Opened, existing
-from beitctl_plugins.sources.rows import Counting, hashed, printable
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 HIDDEN = "(hidden)"
 SHOWN = 1000
 """So many files are counted before the number is shown."""
@@ -87,7 +86,7 @@ class ImageFolder(Plugin):
         if not root.is_dir():
             raise DataError(f"{root}: a file, but 'path' must be a folder of pictures")
         endings = tuple("." + ending.lower().lstrip(".") for ending in self.extensions)
-        search = _Search(str(root), endings, Counting(f"files in {root}"))
+        search = _Search(str(root), endings, Bar(f"files in {root}"))
         table = found_in(root, self.metadata, search.problems)
         with search.counting:
             found = search.pictures(below=self.labels == "folders")
@@ -99,14 +98,16 @@ class ImageFolder(Plugin):
             )
         if table is not None and table.parent == root:
             search.ignored[table.suffix] -= 1
-        return self._opened(root, found, search, table)
+        return self._opened(found, search, table)
 
-    def _opened(self, root: Path, found: "_Pictures", search: "_Search", table: Path | None) -> Folder:
+    def _opened(self, found: "_Pictures", search: "_Search", table: Path | None) -> Folder:
         ignored = {ending: count for ending, count in sorted(search.ignored.items()) if count > 0}
         names = found.names
-        key = hashed(names, found.sizes, lambda name: os.path.join(root, name), self.labels)
+        key = found.hashed.key(self.labels)
         if table is None:
-            return Folder(names, self._example, key, search.problems, state=found.state, ignored=ignored)
+            return Folder(
+                names, self._example, key, search.problems, state=found.hashed.state(), ignored=ignored
+            )
         said = Metadata(table, self.caption, self.label)
         rows, lengths = said.rows_of(names, search.problems)
         return Folder(
@@ -115,7 +116,7 @@ class ImageFolder(Plugin):
             said.fingerprint(key),
             search.problems,
             lengths=lengths,
-            state=digest(found.state, said.table.files.state()).hex(),
+            state=said.state(found.hashed.state()),
             ignored=ignored,
         )
 
@@ -135,9 +136,7 @@ class _Pictures:
 
     names: Texts
     """Relative to the root."""
-    sizes: NDArray[np.int64]
-    state: str
-    """Hash of their times."""
+    hashed: FileHash
 
 
 @dataclass
@@ -146,7 +145,7 @@ class _Search:
 
     root: str
     endings: tuple[str, ...]
-    counting: Counting
+    counting: Bar
     seen: int = 0
     problems: list[str] = field(default_factory=list)
     folders: int = 0
@@ -160,8 +159,8 @@ class _Search:
         A folder is sorted as if its name ended with a slash, and what it holds comes in its place: that is
         the order of the full names, and only those of the folders on the way are in memory as objects.
         """
-        block, ends, sizes = bytearray(), array("q"), array("q")
-        times = blake2b(digest_size=16)
+        block, ends = bytearray(), array("q")
+        hashed = FileHash(self.root)
         lone = list[str]()
         waiting = [self._entries(_Step("", False, ()))]
         while waiting:
@@ -176,11 +175,10 @@ class _Search:
                 name, size, modified = entry
                 block += name.encode("utf-8", "surrogateescape")
                 ends.append(len(block))
-                sizes.append(size)
-                times.update(modified.to_bytes(16, "little", signed=True))
+                hashed.add(name, size, modified)
         self.problems += lone
         names = Texts(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64))
-        return _Pictures(names, np.frombuffer(sizes, np.int64), times.hexdigest())
+        return _Pictures(names, hashed)
 
     def _entries(self, step: "_Step") -> "Iterator[_Step | tuple[str, int, int]]":
         """Names, sizes and times of the pictures in a folder, and its folders, sorted."""

@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beitctl.data.arrays import Texts
+from beitctl.data.order import digest
 from beitctl.errors import DataError
+from beitctl.inspecting.naming import printable
+from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.rows import (
     ENDINGS,
     Table,
     UnusableError,
     encoded,
-    hashed,
     megabytes,
-    printable,
     short,
 )
 from beitctl_plugins.sources.wording import listed
@@ -30,10 +31,6 @@ NAME = "file_name"
 """Column of the pictures beside the table, by the convention of Hugging Face."""
 CAPTION_BYTES = 2**20
 """Longer captions are left out."""
-IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "path", "img", "picture", "url")
-CAPTION_COLUMNS = ("caption", "captions", "text", "sentence", "sentences", "title", "description")
-LABEL_COLUMNS = ("label", "class", "category", "label_name")
-"""Names of columns that are looked for, best first."""
 
 
 class Rows(Protocol):
@@ -138,9 +135,11 @@ class Metadata:
 
     def fingerprint(self, folder: str) -> str:
         """Hash of the table and its folder."""
-        names = Texts.of([self.table.path.name])
-        place = str(self.table.path)
-        return hashed(names, self.table.files.sizes, lambda _: place, folder, self.caption, self.label)
+        return FileHash.of(self.table.files, [self.table.path.name]).key(folder, self.caption, self.label)
+
+    def state(self, folder: str) -> str:
+        """Hash that changes whenever the table or a file of its folder was touched."""
+        return digest(folder, FileHash.of(self.table.files).state()).hex()
 
     def _place(self, row: Any, places: Mapping[str, int]) -> int:
         if isinstance(row, UnusableError):
@@ -202,20 +201,21 @@ def found_in(root: Path, setting: str, problems: list[str]) -> Path | None:
 
 
 def captions_in(value: Any) -> tuple[str, ...]:
-    """Captions in a cell.
+    """Captions in a cell; blank ones are dropped where others are left.
 
     Raises:
         UnusableError: it holds no text, not only text, or too much.
     """
     found = value if isinstance(value, list) else [value]
-    if not found or not all(isinstance(caption, str) and caption.strip() for caption in found):
+    kept = [caption for caption in found if not isinstance(caption, str | None) or (caption or "").strip()]
+    if not kept or not all(isinstance(caption, str) for caption in kept):
         raise UnusableError(f"caption is not text: {short(value)}")
-    for caption in found:
+    for caption in kept:
         if len(caption) > CAPTION_BYTES or len(encoded(caption)) > CAPTION_BYTES:
             raise UnusableError(
                 f"caption is longer than {megabytes(CAPTION_BYTES)} ({len(caption):,} characters)"
             )
-    return tuple(" ".join(caption.split()) for caption in found)
+    return tuple(" ".join(caption.split()) for caption in kept)
 
 
 def first_row(path: Path) -> dict[str, Any]:

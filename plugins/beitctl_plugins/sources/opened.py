@@ -1,13 +1,11 @@
 """What every source of this package opens to, and what they share on the way there."""
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from beitctl.api import Example
-from beitctl.data.order import digest
 from beitctl.errors import DataError
 
 SMALL_BYTES = 64 * 2**20
@@ -66,18 +64,6 @@ def existing(path: Path) -> Path:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; correct 'path' in the recipe")
     return path
-
-
-def fingerprint(files: Iterable[tuple[str, Path]], *settings: str) -> str:
-    """Hash of files, given by relative name and place, and of the settings that choose from them."""
-    found = [(name, path, os.stat(path).st_size) for name, path in files]
-    small = sum(size for _, _, size in found) <= SMALL_BYTES
-    parts: list[int | str | bytes] = [*settings]
-    for name, path, size in found:
-        parts += [os.fsencode(name), size]
-        if small:
-            parts.append(path.read_bytes())
-    return digest(*parts).hex()
 
 
 def check_share(path: Path, problems: list[str], good: int, limit: float) -> None:

@@ -15,7 +15,9 @@ from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
 from beitctl.data.order import digest
 from beitctl.errors import DataError
-from beitctl_plugins.sources import metadata, rows, table_files, table_rows
+from beitctl.inspecting.bars import Bar
+from beitctl_plugins.sources import metadata, names, rows, table_files, table_rows
+from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.metadata import Grouped, captions_in
 from beitctl_plugins.sources.opened import Opened, check_share, existing
 from beitctl_plugins.sources.parquet import Parquet
@@ -57,12 +59,12 @@ class Pairs(Plugin):
         if path.suffix.lower() not in rows.ENDINGS or not path.is_file():
             return None
         row = metadata.first_row(path)
-        image = metadata.column(row, metadata.IMAGE_COLUMNS)
-        caption = metadata.column(row, metadata.CAPTION_COLUMNS)
+        image = metadata.column(row, names.IMAGE_COLUMNS)
+        caption = metadata.column(row, names.CAPTION_COLUMNS)
         if not image or not caption or not isinstance(row[image], str):
             doubtful = not row or image or path.suffix.lower() in (".csv", ".tsv")
             return (1, {"path": str(path)}) if doubtful and path.suffix.lower() != ".json" else None
-        label = metadata.column(row, metadata.LABEL_COLUMNS)
+        label = metadata.column(row, names.LABEL_COLUMNS)
         found = {"path": str(path), "image": image, "caption": caption} | ({"label": label} if label else {})
         return 5, found
 
@@ -78,7 +80,7 @@ class Pairs(Plugin):
         if path.suffix.lower() == ".parquet" and not self._paths_in(path):
             return self._with_bytes().open()
         table, found, root = self._table(path), _Found(), self._root()
-        with rows.Counting(path.name) as counting:
+        with Bar(path.name) as counting:
             for row in table.rows():
                 if isinstance(row.content, dict) and not metadata.chosen(row.content, self.where):
                     continue
@@ -102,20 +104,21 @@ class Pairs(Plugin):
             groups, np.array(found.caption_counts)
         )
         settings = self.model_dump_json(exclude={"path", "root", "max_bad_share", "check_files"})
-        own = Texts.of([table.path.name])
-        hashed = rows.hashed(own, table.files.sizes, lambda _: str(table.path), settings)
+        own, beside = FileHash.of(table.files, [table.path.name]), FileHash(self._root())
+        key = own.key(settings)
         if self.check_files:
-            root, sizes = self._root(), np.array(found.sizes)[first]
-            hashed = rows.hashed(names, sizes, lambda name: os.path.join(root, name), hashed)
-        state = digest(table.files.state(), found.modified.tobytes()).hex()
+            for name, row in zip(names, first.tolist(), strict=True):
+                beside.add(name, found.sizes[row], found.modified[row])
+            key = beside.key(key)
+        state = digest(own.state(), beside.state()).hex()
         lengths = lengths.astype(np.int64)
         if isinstance(table, Table):
-            return Opened(grouped, self._example, hashed, found.problems, lengths=lengths, state=state)
+            return Opened(grouped, self._example, key, found.problems, lengths=lengths, state=state)
         shards = np.bincount(starts[first], minlength=len(table.sizes)).tolist()  # by the first row of each
         return InGroups(
             grouped,
             self._example,
-            hashed,
+            key,
             found.problems,
             [count for count in shards if count],
             lengths,

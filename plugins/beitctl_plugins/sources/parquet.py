@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from beitctl.api import Example, Plugin
+from beitctl.data.order import digest
 from beitctl.errors import DataError
+from beitctl.inspecting.bars import Bar
 from beitctl_plugins.sources import opened as sources
 from beitctl_plugins.sources import table_files, table_guess, table_rows
-from beitctl_plugins.sources.opened import check_share, fingerprint
-from beitctl_plugins.sources.rows import Counting, Files
+from beitctl_plugins.sources.hashing import FileHash
+from beitctl_plugins.sources.opened import check_share
+from beitctl_plugins.sources.rows import Files
 from beitctl_plugins.sources.shards import Shard, shards
 from beitctl_plugins.sources.table_files import ENDINGS, Groups, InGroups, TableFile
-from beitctl_plugins.sources.table_rows import Columns, Judge, Named
+from beitctl_plugins.sources.table_rows import Columns, Judge
 from beitctl_plugins.sources.wording import no_row
 
 LIGHT_ROWS, PICTURE_ROWS = 4096, 64
@@ -85,7 +88,7 @@ class Parquet(Plugin):
         files = shards(self.path, ENDINGS)
         found = _Found(small=sum(file.size for file in files) <= sources.SMALL_BYTES)
         columns = None
-        with Counting(self.path.name) as counting:
+        with Bar(self.path.name) as counting:
             for number, file in enumerate(files):
                 table = table_files.opened(file.path)
                 columns = columns or self._columns(table.schema)
@@ -103,18 +106,19 @@ class Parquet(Plugin):
         check_share(self.path, found.problems, len(rows), self.max_bad_share)
         settings = self.model_dump_json(exclude={"path", "root", "max_bad_share"})
         reader = _Reader(self, columns or Columns(), files, found)
+        hashed = FileHash.of(reader.tables.files, [file.name for file in files])
         spoken = reader.columns.caption or reader.columns.text
         return InGroups(
             rows,  # type: ignore[arg-type]
             reader.example,
-            fingerprint([(file.name, file.path) for file in files], settings, found.beside.key()),
+            hashed.key(settings, found.beside.key()),
             found.problems,
             [count for count in found.usable if count],
             found.lengths() if spoken else None,
             reader.label if reader.columns.label else None,
             table_files.window(found.sizes, found.usable),
             reader.words if spoken else None,
-            reader.tables.files.state(),
+            digest(hashed.state(), found.beside.state()).hex(),
             table_files.notes(self.path, found.sizes),
         )
 
@@ -191,7 +195,7 @@ class _Found:
     why: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, np.int8))
     names: list[list[str]] = field(default_factory=list)
     """Names of the classes, by file."""
-    beside: Named = field(default_factory=Named)
+    beside: FileHash = field(default_factory=FileHash)
     """Pictures that the rows name."""
     count: int = 0
     before: int = 0

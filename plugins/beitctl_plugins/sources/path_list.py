@@ -2,22 +2,22 @@
 
 import functools
 import os
-from array import array
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
 from beitctl.data.order import digest
 from beitctl.errors import DataError
+from beitctl.inspecting.bars import Bar
+from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.opened import Opened, check_share, existing
-from beitctl_plugins.sources.rows import Counting, UnusableError, hashed, lines, picture_status, short
+from beitctl_plugins.sources.rows import UnusableError, lines, picture_status, short
 
 LINE_BYTES = 2**16
 """No path is longer; such a file is no list."""
@@ -67,16 +67,15 @@ class PathList(Plugin):
             raise DataError(f"{path}: a folder, but 'path' must be a text file with one path a line")
         root = str(Path(self.root).expanduser() if self.root else path.parent)
         found: dict[str, str] = {}
-        sizes, modified, problems = array("q"), array("q"), list[str]()
-        with Counting(path.name) as counting:
+        hashed, problems = FileHash(root), list[str]()
+        with Bar(path.name) as counting:
             for number, line in _listed(path):
                 try:
                     name, label = self._parts(line, root)
                     if name in found:
                         raise UnusableError(f"listed before: {short(name)}")
                     status = picture_status(os.path.join(root, name))
-                    sizes.append(status.st_size)
-                    modified.append(status.st_mtime_ns)
+                    hashed.add(name, status.st_size, status.st_mtime_ns)
                     found[name] = label
                 except UnusableError as error:
                     problems.append(f"{path.name}:{number}: {error}")
@@ -85,10 +84,11 @@ class PathList(Plugin):
             raise DataError(f"{path}: no path in it; correct 'path' in the recipe")
         check_share(path, problems, len(found), self.max_bad_share)
         names, labels = Texts.of(found), Texts.of(found.values())
-        files = hashed(names, np.array(sizes), lambda name: os.path.join(root, name), self.labels)
-        key = digest(files, labels.block.tobytes(), labels.ends.astype("<i8").tobytes()).hex()
+        key = digest(
+            hashed.key(self.labels), labels.block.tobytes(), labels.ends.astype("<i8").tobytes()
+        ).hex()
         example = functools.partial(_example, root, names, labels if self.labels != "none" else None)
-        return Opened(range(len(names)), example, key, problems, state=digest(modified.tobytes()).hex())
+        return Opened(range(len(names)), example, key, problems, state=hashed.state())
 
     def _parts(self, line: bytes | None, root: str) -> tuple[str, str]:
         """Path and class on a line.

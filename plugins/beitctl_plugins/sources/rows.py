@@ -4,32 +4,23 @@ import csv
 import json
 import os
 import stat
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from beitctl.data.arrays import Texts
-from beitctl.data.order import digest
 from beitctl.errors import ChangedError, DataError
-from beitctl.report.progress import on_terminal
-from beitctl_plugins.sources import opened
-from beitctl_plugins.sources.wording import cut
-
-if TYPE_CHECKING:
-    from rich.status import Status
+from beitctl.inspecting.naming import printable
+from beitctl_plugins.sources.wording import LONGEST
 
 ROW_BYTES = 10 * 2**20
 """Longer rows are left out: they come from a quote that is never closed, or hold no caption."""
 JSON_BYTES = 256 * 2**20
 """Larger .json files are refused, as they have to be parsed whole."""
-PATIENCE = 2.0
-"""Seconds before a search says how far it is."""
 OPEN_FILES = 64
 """Files that a process keeps open for one source."""
 
@@ -82,10 +73,6 @@ class Files:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
-
-    def state(self) -> str:
-        """Hash that changes whenever one of them was touched."""
-        return digest(self.sizes.tobytes(), self.modified.tobytes()).hex()
 
     def read(self, file: int, start: int, end: int) -> bytes:
         """Bytes of a file.
@@ -322,14 +309,6 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def printable(name: str) -> str:
-    """A file name on one line, with what is not UTF-8 or not printable as in Python."""
-    shown = os.fsencode(name).decode(errors="backslashreplace")
-    if shown.isprintable():
-        return shown
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in shown)
-
-
 def megabytes(count: int) -> str:
     """A round number of bytes for messages."""
     return f"{count // 2**20} MB"
@@ -344,61 +323,8 @@ def picture_status(path: str) -> os.stat_result:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
-        raise UnusableError(f"no picture {cut(path)}") from error
+        raise UnusableError(f"no picture {printable(path, LONGEST)}") from error
     regular = stat.S_ISREG(status.st_mode)
     if not regular or not status.st_size:
-        raise UnusableError(f"{'empty' if regular else 'no'} picture {cut(path)}")
+        raise UnusableError(f"{'empty' if regular else 'no'} picture {printable(path, LONGEST)}")
     return status
-
-
-def hashed(names: Texts, sizes: NDArray[np.int64], place: Callable[[str], str], *settings: str) -> str:
-    """Hash of files by name and size, if they are small together by content too, and of settings.
-
-    Args:
-        names: relative names of the files.
-        sizes: of the files in bytes.
-        place: path of a name.
-        settings: that choose from the files.
-    """
-    table = (names.block.tobytes(), names.ends.astype("<i8").tobytes(), sizes.astype("<i8").tobytes())
-    parts: list[str | bytes] = [*settings, *table]
-    if int(sizes.sum()) <= opened.SMALL_BYTES:
-        for name in names:
-            try:
-                with open(place(name), "rb") as file:
-                    parts.append(file.read())
-            except OSError as error:
-                raise DataError(f"{place(name)}: cannot be read ({error.strerror})") from error
-    return digest(*parts).hex()
-
-
-class Counting:
-    """Says on a terminal how far a long search is, if it takes long."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._begun = what, time.monotonic()
-        self._bar: Status | None = None
-        self._wanted = on_terminal()
-
-    def __enter__(self) -> "Counting":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def at(self, done: int) -> None:
-        """So many are found."""
-        if not self._wanted or time.monotonic() - self._begun < PATIENCE:
-            return
-        self._bar = self._bar or self._started()
-        self._bar.update(f"{self._what}: {done:,}")
-
-    def _started(self) -> "Status":
-        # rich takes longer to import than all else here, and is for a terminal only
-        from rich.console import Console  # noqa: PLC0415
-        from rich.status import Status  # noqa: PLC0415
-
-        bar = Status(self._what, console=Console(file=sys.stderr, highlight=False))
-        bar.start()
-        return bar

@@ -280,6 +280,9 @@ class Groups:
             self._open.move_to_end(file)
             while len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
+            huge = self._huge()
+            if len(huge) > 1 and source.sizes(self.columns)[group] > MOST_CACHED // 2:
+                del self._cache[huge[0]]  # before this one takes the memory
             pieces, size = [], 0
             for piece in source.batches(group, self.columns, 1024):
                 pieces.append(piece)
@@ -297,17 +300,24 @@ class Groups:
 
     def _keep(self, key: tuple[int, int], found: Any) -> None:
         self._cache[key] = found
-        sizes = {key: 0 if isinstance(table, str) else table.nbytes for key, table in self._cache.items()}
-        huge = [key for key, size in sizes.items() if size > MOST_CACHED // 2]
+        huge = self._huge()
         for old in huge[:-2]:
             del self._cache[old]
-        small = [key for key in sizes if key not in huge]
-        used = sum(sizes[key] for key in small)
-        for old in small[:-1]:
+        small = {key: _bytes(table) for key, table in self._cache.items() if key not in huge}
+        used = sum(small.values())
+        for old in list(small)[:-1]:
             if used <= MOST_CACHED:
                 break
             del self._cache[old]
-            used -= sizes[old]
+            used -= small[old]
+
+    def _huge(self) -> list[tuple[int, int]]:
+        """Groups in memory of which only two are kept, the last used one last."""
+        return [key for key, table in self._cache.items() if _bytes(table) > MOST_CACHED // 2]
+
+
+def _bytes(table: Any) -> int:
+    return 0 if isinstance(table, str) else int(table.nbytes)
 
 
 os.register_at_fork(after_in_child=Groups.renew_all)

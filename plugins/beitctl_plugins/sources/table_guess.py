@@ -8,7 +8,7 @@ from typing import Any
 
 from beitctl.errors import DataError
 from beitctl_plugins.sources import table_files, table_rows
-from beitctl_plugins.sources.metadata import CAPTION_COLUMNS, IMAGE_COLUMNS
+from beitctl_plugins.sources.names import CAPTION_COLUMNS, IMAGE_COLUMNS
 from beitctl_plugins.sources.table_files import ENDINGS
 
 GUESS_FILES = 1000

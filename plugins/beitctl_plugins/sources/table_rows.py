@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from beitctl.data.order import digest
 from beitctl.errors import DataError
-from beitctl_plugins.sources import opened
+from beitctl.inspecting.naming import printable
+from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.metadata import CAPTION_BYTES
 from beitctl_plugins.sources.rows import megabytes
-from beitctl_plugins.sources.wording import cut, listed
+from beitctl_plugins.sources.wording import LONGEST, listed
 
 TEXT_BYTES = 16 * 2**20
 """Longer pieces of prose are left out."""
@@ -134,45 +134,7 @@ def check_types(path: object, schema: Any, columns: Columns) -> None:
             )
         kind = schema.field(name).type
         if not fits(kind):
-            raise DataError(f"{path}: column '{name}' holds {cut(str(kind))}; expected {what}")
-
-
-class Named:
-    """Pictures that lie beside a table, by the paths in its rows."""
-
-    def __init__(self) -> None:
-        self._hash, self._bytes, self._paths = b"", 0, list[str]()
-
-    def add(self, root: str, cell: str) -> bool:
-        """Note a picture; says whether it is there."""
-        path = os.path.join(root, cell)
-        try:
-            status = os.stat(path)
-        except (OSError, ValueError):
-            return False
-        if not stat.S_ISREG(status.st_mode):
-            return False
-        name = os.path.relpath(path, root) if root and os.path.isabs(cell) else cell
-        self._hash = digest(self._hash, name, status.st_size)
-        self._bytes += status.st_size
-        if self._bytes <= opened.SMALL_BYTES:
-            self._paths.append(path)
-        return True
-
-    def key(self) -> str:
-        """Hash of names and sizes, and of the contents if they are small together.
-
-        Raises:
-            DataError: one cannot be read.
-        """
-        parts = [self._hash]
-        for path in self._paths if self._bytes <= opened.SMALL_BYTES else []:
-            try:
-                with open(path, "rb") as file:
-                    parts.append(file.read())
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        return digest(*parts).hex()
+            raise DataError(f"{path}: column '{name}' holds {printable(str(kind), LONGEST)}; expected {what}")
 
 
 @dataclass(frozen=True)
@@ -185,7 +147,7 @@ class Judge:
     root: str
     has_bytes: bool = False
     """Whether every cell of the pictures is known to have bytes."""
-    named: Named = field(default_factory=Named)
+    named: FileHash = field(default_factory=FileHash)
     """Takes up the pictures that lie beside the table."""
 
     def rows(self, batch: Any) -> tuple[NDArray[np.int8], NDArray[np.int64]]:
@@ -246,8 +208,21 @@ class Judge:
         yield NO_PICTURE, ~there & ~named
         missing = ~there & named
         for place in np.flatnonzero(missing):
-            missing[place] = not self.named.add(self.root, paths[int(place)].as_py())
+            missing[place] = not self._found(paths[int(place)].as_py())
         yield NO_FILE, missing
+
+    def _found(self, cell: str) -> bool:
+        """Note a picture beside the table; says whether it is there."""
+        path = os.path.join(self.root, cell)
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            return False
+        name = os.path.relpath(path, self.root) if self.root and os.path.isabs(cell) else cell
+        self.named.add(name, status.st_size, status.st_mtime_ns, path)
+        return True
 
 
 def paths_of(cells: Any) -> Any:
@@ -306,18 +281,18 @@ def _decoded(cell: bytes | None) -> str:
 
 
 def _captions(cells: Any) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """Where a caption is missing or blank, mean length of the captions, and length of the longest."""
+    """Where all captions are missing or blank, mean length of the captions, and length of the longest."""
     if is_text(cells.type):
         sizes = _sizes(as_text(cells))
         return _blank(cells), sizes, sizes
     flat, parents = pc.list_flatten(cells), _numpy(pc.list_parent_indices(cells))
-    counts = np.bincount(parents, minlength=len(cells))
+    there = ~_blank(flat)
+    counts = np.bincount(parents[there], minlength=len(cells))
     sizes = _sizes(as_text(flat))
-    sums = np.bincount(parents, sizes, len(cells))
+    sums = np.bincount(parents[there], sizes[there], len(cells))
     longest = np.zeros(len(cells), np.int64)
     np.maximum.at(longest, parents, sizes)
-    bad = (np.bincount(parents, _blank(flat), len(cells)) > 0) | (counts == 0)
-    return bad, (sums // np.maximum(counts, 1)).astype(np.int64), longest
+    return counts == 0, (sums // np.maximum(counts, 1)).astype(np.int64), longest
 
 
 def _equal(cells: Any, value: str, names: Sequence[str]) -> NDArray[np.bool_]:

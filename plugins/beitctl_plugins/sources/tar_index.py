@@ -1,21 +1,14 @@
 """Where the members of tar files lie, found once and kept in the cache."""
 
-import contextlib
 import itertools
-import multiprocessing
 import os
 import re
-import signal
 import tarfile
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +16,9 @@ from numpy.typing import NDArray
 from beitctl.data.arrays import Arrays, Texts, cached
 from beitctl.data.order import digest
 from beitctl.errors import DataError
-from beitctl.report.progress import on_terminal
-from beitctl_plugins.sources.rows import printable
+from beitctl.inspecting.naming import printable
+from beitctl_plugins.sources import ahead
 from beitctl_plugins.sources.shards import Shard
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 VERSION = 1
 """Changes when the arrays do, so that older ones in the cache are not read."""
@@ -36,9 +26,6 @@ MOST_HEADER_BYTES = 2**20
 """A header that claims more is broken: names and attributes of a file are never that long."""
 MOST_DIGITS = 300
 """In a row; names of files have at most 255 characters."""
-MOST_PROCESSES = 4
-QUIET_SECONDS = 2.0
-"""The bar appears only when indexing takes longer."""
 BLOCK = 512
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")
 """How gzip, bzip2, xz and zstd begin."""
@@ -74,7 +61,7 @@ def index(tars: Sequence[Shard]) -> Members:
     """
 
     def build() -> Arrays:
-        _index_missing(tars)
+        ahead.each(_one, tars, "indexing tars")
         return _joined([_one(tar) for tar in tars])
 
     keys = [_key(tar) for tar in tars]
@@ -94,89 +81,14 @@ def index(tars: Sequence[Shard]) -> Members:
 
 
 def _key(tar: Shard) -> str:
-    return digest(VERSION, os.fsencode(tar.path.absolute()), tar.size, tar.modified).hex()
+    return digest(
+        VERSION, os.fsencode(tar.name), os.fsencode(tar.path.absolute()), tar.size, tar.modified
+    ).hex()
 
 
 def _one(tar: Shard) -> Arrays:
     """Arrays of one tar, in memory: a file that stays open for each would be too many."""
     return {name: np.array(array) for name, array in cached("tar", _key(tar), lambda: _scan(tar)).items()}
-
-
-def _index_missing(tars: Sequence[Shard]) -> None:
-    """Put every tar in the cache, several at a time and with a bar."""
-    processes = min(MOST_PROCESSES, os.cpu_count() or 1, len(tars))
-    if processes == 1 or multiprocessing.current_process().daemon:
-        with _Bar(len(tars)) as bar:
-            for tar in tars:
-                _one(tar)
-                bar.advance()
-        return
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("fork"), initializer=_worker, initargs=(os.getpid(),)
-    )
-    try:
-        waiting = [pool.submit(_index_quietly, tar) for tar in tars]
-        with _Bar(len(tars)) as bar:
-            for done in as_completed(waiting):
-                done.result()
-                bar.advance()
-    except BrokenProcessPool:
-        pass  # stopped from outside or out of memory: the rest is indexed here, one after the other
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _index_quietly(tar: Shard) -> None:
-    with contextlib.suppress(DataError):  # found again when the arrays are joined
-        _one(tar)
-
-
-def _worker(parent: int) -> None:
-    """Let a worker process end with its parent, and by Ctrl-C without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class _Bar:
-    """Progress on a terminal, once it takes a while."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.began = time.monotonic()
-        self.wanted = on_terminal()
-        self.progress: Progress | None = None
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def advance(self) -> None:
-        self.done += 1
-        if not self.wanted or time.monotonic() - self.began < QUIET_SECONDS:
-            return
-        self.progress = self.progress or self._started()
-        self.progress.update(self.progress.task_ids[0], completed=self.done)
-
-    def _started(self) -> "Progress":
-        # rich takes longer to import than all else here, and is for a terminal only
-        from rich.console import Console  # noqa: PLC0415
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn  # noqa: PLC0415
-
-        columns = ("Indexing tars", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        progress.start()
-        progress.add_task("", total=self.total)
-        return progress
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
 
 
 class _Headers:

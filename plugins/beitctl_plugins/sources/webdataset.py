@@ -17,14 +17,15 @@ from pydantic import Field, model_validator
 from beitctl.api import Example, Plugin
 from beitctl.data import tar_keys
 from beitctl.errors import DataError
+from beitctl.inspecting.naming import printable
 from beitctl_plugins.sources import tar_index
+from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.metadata import CAPTION_BYTES, captions_in
-from beitctl_plugins.sources.opened import Opened, check_share, fingerprint
-from beitctl_plugins.sources.rows import Files, UnusableError, encoded, printable
+from beitctl_plugins.sources.names import PICTURES
+from beitctl_plugins.sources.opened import Opened, check_share
+from beitctl_plugins.sources.rows import Files, UnusableError, encoded
 from beitctl_plugins.sources.shards import Shard, shards
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-"""Endings of pictures, in any case; of several in a sample the first of these is taken."""
 MOST_TEXT_BYTES = 16 * 2**20
 MOST_PICTURE_BYTES = 512 * 2**20
 JSON = "json:"
@@ -107,17 +108,18 @@ class WebDataset(Plugin):
         firsts = np.cumsum([0, *members.counts])
         settings = self.model_dump_json(exclude={"path", "max_bad_share"})
         reader = _Reader(self, tars, members, firsts, Files(str(tar.path) for tar in tars))
+        hashed = FileHash.of(reader.files, [tar.name for tar in tars])
         spoken = self.caption or self.text or not {"txt", "json"}.isdisjoint(members.kinds)
         return Opened(
             samples.rows,  # type: ignore[arg-type]
             reader.example,
-            fingerprint([(tar.name, tar.path) for tar in tars], settings),
+            hashed.key(settings),
             samples.problems,
             np.diff(np.searchsorted(samples.rows, firsts)).tolist(),
             samples.lengths,
             reader.label if self.label else None,
             worded=reader.words if spoken else None,
-            state=reader.files.state(),
+            state=hashed.state(),
         )
 
     def _samples(self, tars: Sequence[Shard], members: tar_index.Members) -> "_Samples":
@@ -221,6 +223,7 @@ class _Reader:
             DataError: the sample cannot be used.
         """
         sample, tar, key = self._sample(int(row))
+        # of several in a sample the first of the endings is taken
         picture = next((sample.parts[kind] for kind in PICTURES if kind in sample.parts), None)
         source = self.source
         name = sample.name(key)
@@ -335,7 +338,11 @@ class _Sample:
             if setting:
                 return captions_in(self.words(setting))
             several = self.cell("captions")
-            if isinstance(several, list) and several and all(isinstance(text, str) for text in several):
+            if (
+                isinstance(several, list)
+                and several
+                and all(isinstance(text, str | None) for text in several)
+            ):
                 return captions_in(several)
             if self.parts.get("txt", (0, 0))[1] and not prose:
                 return captions_in(self.words("txt"))

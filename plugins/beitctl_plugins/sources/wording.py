@@ -1,31 +1,20 @@
-"""Names from broken files in messages: on one line, printable, and never longer than somebody reads."""
+"""What messages about tables have in common."""
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
+from beitctl.inspecting.naming import printable
+
 SHOWN_NAMES = 20
 """Columns that a message lists."""
-SHOWN_CHARACTERS = 300
-"""Of one name."""
-
-
-def cut(name: str, characters: int = SHOWN_CHARACTERS) -> str:
-    """A name for a message: what is not printable as in Python, and without the middle if it is long.
-
-    Args:
-        name: as it came out of a file; it may hold half characters and line breaks.
-        characters: most that are kept.
-    """
-    if len(name) > characters:
-        name = f"{name[: characters // 2]}...{name[-characters // 2 :]}"
-    shown = name.encode(errors="backslashreplace").decode()
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in shown)
+LONGEST = 300
+"""Characters of a name in a message."""
 
 
 def listed(names: Iterable[object]) -> str:
     """Names of columns, the first ones only; ``nothing`` where there are none."""
     names = iter(names)
-    first = [cut(str(name), 60) for name in islice(names, SHOWN_NAMES)]
+    first = [printable(str(name), 60) for name in islice(names, SHOWN_NAMES)]
     more = sum(1 for _ in names)
     return (", ".join(first) or "nothing") + (f" and {more:,} more" if more else "")
 

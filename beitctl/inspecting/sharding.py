@@ -24,10 +24,12 @@ from beitctl.data.images import Pictures
 from beitctl.data.lock import locked
 from beitctl.errors import CapacityError, DataError, Interrupted
 from beitctl.failures import FULL
+from beitctl.inspecting.bars import Bar
 from beitctl.inspecting.finding import Found
 from beitctl.inspecting.journal import LEFT_OUT, VERSION, Entry, Journal, refuse_others
-from beitctl.inspecting.looking import Seen, printable
-from beitctl.inspecting.ordered import bar, in_order
+from beitctl.inspecting.looking import Seen
+from beitctl.inspecting.naming import printable
+from beitctl.inspecting.ordered import in_order
 from beitctl.inspecting.resizing import prepare
 from beitctl.inspecting.shards import Hashed, ParquetShard, Ready, Shard, TarShard
 from beitctl.report.events import plain
@@ -61,7 +63,7 @@ class Limits:
     """Draw no bar."""
 
 
-def pack(
+def write(
     found: Found, examples: Examples, out: Path, settings: Settings, limits: Limits = Limits()
 ) -> dict[str, Any]:
     """Write all usable examples in order; returns what ``packed.json`` says.
@@ -79,7 +81,7 @@ def pack(
             journal = Journal(out, _identity(found, examples, settings))
             if journal.done is not None:
                 return journal.done
-            _write(journal, examples, settings, limits)
+            _write_missing(journal, examples, settings, limits)
             return _finished(journal, examples, limits)
     except KeyboardInterrupt:
         raise Interrupted(
@@ -110,7 +112,7 @@ def _identity(found: Found, examples: Examples, settings: Settings) -> dict[str,
     }
 
 
-def _write(journal: Journal, examples: Examples, settings: Settings, limits: Limits) -> None:
+def _write_missing(journal: Journal, examples: Examples, settings: Settings, limits: Limits) -> None:
     """Write the shards that are not there yet."""
     total = len(examples)
     one = functools.partial(
@@ -124,14 +126,14 @@ def _write(journal: Journal, examples: Examples, settings: Settings, limits: Lim
     rest = range(journal.stop, total)
     with (
         contextlib.closing(in_order(one, rest, limits.workers)) as stream,
-        bar("packing", total, quiet=limits.quiet, done=journal.stop) as advance,
+        Bar("packing", total, quiet=limits.quiet, done=journal.stop) as bar,
     ):
         while journal.stop < total:
             draft = _Draft(journal.folder, len(journal.shards), settings)
             try:
                 for item in stream:
                     draft.add(item)
-                    advance()
+                    bar.advance()
                     bad = journal.bad + len(draft.left_out)
                     if bad >= MANY and bad > limits.max_bad_share * total:
                         raise _too_many(journal, examples, limits, draft.left_out)
