@@ -57,7 +57,7 @@ class Examples(Protocol):
     of examples that lie together on disk, so that training reads only a few runs at a time), ``window`` (most
     examples to mix at a time, where more would need more runs than memory holds), ``lengths`` ((n,) ints
     that grow with the length of each text, so that ranks get equal work), ``parts`` (pairs of a weight and
-    examples: a mixture, each part with its own epochs) ``label(index)`` and ``words(index)`` (the class,
+    examples: a mixture, each part with its own epochs), ``label(index)`` and ``words(index)`` (the class,
     or captions and text, of an example without the rest; ask through ``beitctl.data.labels``), ``state``
     (changes whenever a file was touched, unlike the fingerprint: for caches) and ``notes`` (list of str:
     what makes reading slow, for ``beitctl data check``).

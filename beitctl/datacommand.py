@@ -73,7 +73,7 @@ def _check(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Say what is there: layout, counts, sizes, classes, captions, and what is broken, twice or left out."""
     from beitctl.inspecting import checking, showing
-    from beitctl.inspecting.naming import printable
+    from beitctl.report.naming import printable
 
     quiet = context.obj.quiet
     found = _found(path, kind, settings)
@@ -151,8 +151,8 @@ def _pack(  # noqa: PLR0913 - one parameter per option
     """Write small pictures with all that belongs to them as Parquet or tar shards, which are read fast."""
     from beitctl.inspecting import sharding
     from beitctl.inspecting.finding import recipe_line
-    from beitctl.inspecting.naming import printable
     from beitctl.inspecting.showing import size
+    from beitctl.report.naming import printable
 
     quiet = context.obj.quiet
     found = _found(path, kind, settings)

@@ -11,11 +11,11 @@ import numpy as np
 from beitctl.api import Example, Examples
 from beitctl.data.images import Pictures
 from beitctl.errors import DataError
-from beitctl.inspecting.bars import Bar
 from beitctl.inspecting.counting import Classes, Digests, Spread, Writing
 from beitctl.inspecting.finding import Found
 from beitctl.inspecting.looking import Measured, Seen, look, read
 from beitctl.inspecting.ordered import in_order
+from beitctl.report.bars import Bar
 from beitctl.report.events import plain
 
 LISTED = 1000

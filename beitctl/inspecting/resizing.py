@@ -9,8 +9,8 @@ from beitctl.api import Example, Examples
 from beitctl.data.images import FAULTS, ORIENTATION, Pictures
 from beitctl.errors import DataError, UserError
 from beitctl.inspecting.looking import Seen, content, header, read, reason
-from beitctl.inspecting.naming import printable
 from beitctl.inspecting.shards import Ready
+from beitctl.report.naming import printable
 
 LONGEST_SIDE = 65_500
 """Of a JPEG, in pixels."""

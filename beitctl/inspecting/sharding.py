@@ -24,15 +24,15 @@ from beitctl.data.images import Pictures
 from beitctl.data.lock import locked
 from beitctl.errors import CapacityError, DataError, Interrupted
 from beitctl.failures import FULL
-from beitctl.inspecting.bars import Bar
 from beitctl.inspecting.finding import Found
 from beitctl.inspecting.journal import LEFT_OUT, VERSION, Entry, Journal, refuse_others
 from beitctl.inspecting.looking import Seen
-from beitctl.inspecting.naming import printable
 from beitctl.inspecting.ordered import in_order
 from beitctl.inspecting.resizing import prepare
 from beitctl.inspecting.shards import Hashed, ParquetShard, Ready, Shard, TarShard
+from beitctl.report.bars import Bar
 from beitctl.report.events import plain
+from beitctl.report.naming import printable
 
 MANY = 1000
 """So many broken examples end a pack at once if they are too large a share of the source already."""

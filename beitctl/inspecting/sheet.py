@@ -12,9 +12,9 @@ from beitctl.data.order import generator
 from beitctl.errors import DataError
 from beitctl.inspecting.checking import spread_over
 from beitctl.inspecting.looking import Seen, read, reason
-from beitctl.inspecting.naming import printable
 from beitctl.inspecting.ordered import in_order
 from beitctl.report.figures import Row, Tile, gallery
+from beitctl.report.naming import printable
 
 TILE_PX = 160
 GAP_PX = 4

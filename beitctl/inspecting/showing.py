@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from beitctl.inspecting.naming import printable
+from beitctl.report.naming import printable
 
 WIDTH = 80
 SHOWN = 10

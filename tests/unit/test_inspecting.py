@@ -15,10 +15,10 @@ from beitctl.inspecting.checking import check, refuse
 from beitctl.inspecting.counting import Classes, Digests, Spread, Writing, script
 from beitctl.inspecting.finding import contents, find
 from beitctl.inspecting.looking import look
-from beitctl.inspecting.naming import printable
 from beitctl.inspecting.ordered import in_order
 from beitctl.inspecting.sheet import chosen, sheet
 from beitctl.inspecting.showing import show, size
+from beitctl.report.naming import printable
 
 
 @pytest.fixture

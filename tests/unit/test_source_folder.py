@@ -5,7 +5,7 @@ from source_files import examples, fill, ids, png
 
 from beitctl.data.arrays import Texts
 from beitctl.errors import DataError
-from beitctl.inspecting import bars
+from beitctl.report import bars
 from beitctl_plugins.sources.image_folder import ImageFolder
 from beitctl_plugins.sources.pairs import Pairs
 from beitctl_plugins.sources.text import Text

@@ -9,7 +9,7 @@ import pytest
 from source_files import examples, fill, png, tar
 
 from beitctl.errors import DataError
-from beitctl.inspecting.naming import printable
+from beitctl.report.naming import printable
 from beitctl_plugins.sources import table_files
 from beitctl_plugins.sources.image_folder import ImageFolder
 from beitctl_plugins.sources.pairs import Pairs

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from beitctl.errors import DataError
-from beitctl.inspecting.bars import Bar
+from beitctl.report.bars import Bar
 
 MOST_PROCESSES = 4
 

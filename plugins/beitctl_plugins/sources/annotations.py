@@ -13,7 +13,7 @@ import numpy as np
 from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
 from beitctl.errors import DataError
-from beitctl.inspecting.naming import printable
+from beitctl.report.naming import printable
 from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.metadata import captions_in
 from beitctl_plugins.sources.names import PICTURES

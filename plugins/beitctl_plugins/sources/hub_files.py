@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from beitctl.data.arrays import Arrays, Texts, cached
 from beitctl.data.order import digest
 from beitctl.errors import ChangedError, DataError
-from beitctl.inspecting.bars import Bar
+from beitctl.report.bars import Bar
 from beitctl_plugins.sources.rows import Files
 from beitctl_plugins.sources.table_files import BROKEN, Groups, column_sizes, one_line
 

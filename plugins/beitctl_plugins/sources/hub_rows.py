@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from beitctl.api import Example
 from beitctl.data.order import digest
 from beitctl.errors import DataError
-from beitctl.inspecting.bars import Bar
+from beitctl.report.bars import Bar
 from beitctl_plugins.sources import opened as sources
 from beitctl_plugins.sources import table_rows
 from beitctl_plugins.sources.metadata import captions_in

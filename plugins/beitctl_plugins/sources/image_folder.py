@@ -18,8 +18,8 @@ from pydantic import Field
 from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
 from beitctl.errors import DataError
-from beitctl.inspecting.bars import Bar
-from beitctl.inspecting.naming import printable
+from beitctl.report.bars import Bar
+from beitctl.report.naming import printable
 from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.metadata import Metadata, found_in
 from beitctl_plugins.sources.names import PICTURES

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from beitctl.data.arrays import Texts
 from beitctl.data.order import digest
 from beitctl.errors import DataError
-from beitctl.inspecting.naming import printable
+from beitctl.report.naming import printable
 from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.rows import (
     ENDINGS,

@@ -15,7 +15,7 @@ from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
 from beitctl.data.order import digest
 from beitctl.errors import DataError
-from beitctl.inspecting.bars import Bar
+from beitctl.report.bars import Bar
 from beitctl_plugins.sources import metadata, names, rows, table_files, table_rows
 from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.metadata import Grouped, captions_in

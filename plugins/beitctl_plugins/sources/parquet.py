@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from beitctl.api import Example, Plugin
 from beitctl.data.order import digest
 from beitctl.errors import DataError
-from beitctl.inspecting.bars import Bar
+from beitctl.report.bars import Bar
 from beitctl_plugins.sources import opened as sources
 from beitctl_plugins.sources import table_files, table_guess, table_rows
 from beitctl_plugins.sources.hashing import FileHash

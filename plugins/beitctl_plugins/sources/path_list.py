@@ -14,7 +14,7 @@ from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
 from beitctl.data.order import digest
 from beitctl.errors import DataError
-from beitctl.inspecting.bars import Bar
+from beitctl.report.bars import Bar
 from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.opened import Opened, check_share, existing
 from beitctl_plugins.sources.rows import UnusableError, lines, picture_status, short

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from beitctl.data.arrays import Texts
 from beitctl.errors import ChangedError, DataError
-from beitctl.inspecting.naming import printable
+from beitctl.report.naming import printable
 from beitctl_plugins.sources.wording import LONGEST
 
 ROW_BYTES = 10 * 2**20

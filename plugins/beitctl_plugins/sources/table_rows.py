@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from beitctl.errors import DataError
-from beitctl.inspecting.naming import printable
+from beitctl.report.naming import printable
 from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.metadata import CAPTION_BYTES
 from beitctl_plugins.sources.rows import megabytes

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from beitctl.data.arrays import Arrays, Texts, cached
 from beitctl.data.order import digest
 from beitctl.errors import DataError
-from beitctl.inspecting.naming import printable
+from beitctl.report.naming import printable
 from beitctl_plugins.sources import ahead
 from beitctl_plugins.sources.shards import Shard
 

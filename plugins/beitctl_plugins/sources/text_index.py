@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from beitctl.data.arrays import SMALL_BYTES, Arrays, New, Texts, cached, filled
 from beitctl.data.order import digest
-from beitctl.inspecting.bars import Bar
+from beitctl.report.bars import Bar
 from beitctl_plugins.sources import ahead
 from beitctl_plugins.sources.rows import Files
 from beitctl_plugins.sources.text_pieces import Pieces

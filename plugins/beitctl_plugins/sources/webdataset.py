@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from beitctl.api import Example, Plugin
 from beitctl.data import tar_keys
 from beitctl.errors import DataError
-from beitctl.inspecting.naming import printable
+from beitctl.report.naming import printable
 from beitctl_plugins.sources import tar_index
 from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.metadata import CAPTION_BYTES, captions_in

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
-from beitctl.inspecting.naming import printable
+from beitctl.report.naming import printable
 
 SHOWN_NAMES = 20
 """Columns that a message lists."""
