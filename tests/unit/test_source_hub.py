@@ -17,7 +17,7 @@ from source_files import examples, fill, ids, png
 
 from beitctl.errors import ChangedError, DataError
 from beitctl_plugins.sources.hub import Hub
-from beitctl_plugins.sources.hub_files import Streamed, Urls
+from beitctl_plugins.sources.reading.hub_files import Streamed, Urls
 
 PICTURES = [png((number * 40, 0, 0)) for number in range(5)]
 

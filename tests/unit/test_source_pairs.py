@@ -5,8 +5,8 @@ import pytest
 from source_files import ROWS, examples, fill, ids, png, table
 
 from beitctl.errors import ChangedError, DataError
-from beitctl_plugins.sources import rows
 from beitctl_plugins.sources.pairs import Pairs
+from beitctl_plugins.sources.reading import rows
 
 
 @pytest.fixture

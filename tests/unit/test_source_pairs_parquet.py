@@ -8,8 +8,8 @@ import pytest
 from source_files import examples, fill, ids
 
 from beitctl.errors import ChangedError, DataError
-from beitctl_plugins.sources import table_files
 from beitctl_plugins.sources.pairs import Pairs
+from beitctl_plugins.sources.reading import table_files
 
 
 @pytest.fixture

@@ -308,8 +308,8 @@ def test_a_changed_or_removed_file_ends_the_run(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow", "feather"])
 def test_threads_and_a_forked_process_read_the_same(tmp_path, ending, monkeypatch, eager_threads):
-    monkeypatch.setattr("beitctl_plugins.sources.table_files.MOST_CACHED", 1)
-    monkeypatch.setattr("beitctl_plugins.sources.table_files.MOST_OPEN", 1)
+    monkeypatch.setattr("beitctl_plugins.sources.reading.table_files.MOST_CACHED", 1)
+    monkeypatch.setattr("beitctl_plugins.sources.reading.table_files.MOST_OPEN", 1)
     for number in range(3):
         basic(tmp_path / "d" / f"{number}.{ending}", 8)
     opened = source(tmp_path / "d").open()

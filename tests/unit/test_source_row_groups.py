@@ -15,10 +15,10 @@ from beitctl.inspecting import checking, showing
 from beitctl.inspecting.finding import Found
 from beitctl.inspecting.shards import Hashed, ParquetShard, Ready
 from beitctl_plugins.sources import opened as sources
-from beitctl_plugins.sources import table_files
 from beitctl_plugins.sources.hub import Hub
 from beitctl_plugins.sources.mixture import Mixture
 from beitctl_plugins.sources.parquet import Parquet
+from beitctl_plugins.sources.reading import table_files
 from beitctl_plugins.sources.text import Text
 
 WORDS = ["x" * 90 + str(number) for number in range(750)]

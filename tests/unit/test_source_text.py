@@ -8,7 +8,8 @@ import pytest
 from source_files import examples, ids
 
 from beitctl.errors import ChangedError, DataError
-from beitctl_plugins.sources import text, text_index, text_pieces
+from beitctl_plugins.sources import text
+from beitctl_plugins.sources.reading import text_index, text_pieces
 from beitctl_plugins.sources.text import Text
 
 

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import examples
 
-from beitctl_plugins.sources import text_index
+from beitctl_plugins.sources.reading import text_index
 from beitctl_plugins.sources.text import Text
 
 
@@ -52,7 +52,7 @@ def test_an_index_that_cannot_be_kept_is_the_same(corpus, monkeypatch, tmp_path)
 
 
 def test_a_file_that_was_touched_is_the_only_one_that_is_read_again(corpus, monkeypatch):
-    monkeypatch.setattr("beitctl_plugins.sources.ahead.MOST_PROCESSES", 1)
+    monkeypatch.setattr("beitctl_plugins.sources.reading.ahead.MOST_PROCESSES", 1)
     whole(corpus, monkeypatch, 0)
     read = []
     add = text_index._Places.add
@@ -69,7 +69,7 @@ def test_a_file_that_was_touched_is_the_only_one_that_is_read_again(corpus, monk
 
 def test_indexing_needs_little_more_memory_than_the_index(corpus, monkeypatch):
     monkeypatch.setattr(text_index, "INDEX_BYTES", 0)
-    monkeypatch.setattr("beitctl_plugins.sources.ahead.MOST_PROCESSES", 1)
+    monkeypatch.setattr("beitctl_plugins.sources.reading.ahead.MOST_PROCESSES", 1)
     lines, files = 20_000, 2
     for number in range(files):
         (corpus / f"z{number}.txt").write_text("word\n" * lines)

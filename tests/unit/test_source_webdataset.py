@@ -9,7 +9,7 @@ import pytest
 from source_files import examples, ids, png, tar
 
 from beitctl.errors import ChangedError, DataError
-from beitctl_plugins.sources import ahead, tar_index
+from beitctl_plugins.sources.reading import ahead, tar_index
 from beitctl_plugins.sources.webdataset import WebDataset
 
 
@@ -326,7 +326,7 @@ def test_threads_and_a_forked_process_read_the_same(tmp_path, eager_threads):
 
 
 def test_few_tars_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("beitctl_plugins.sources.rows.OPEN_FILES", 2)
+    monkeypatch.setattr("beitctl_plugins.sources.reading.rows.OPEN_FILES", 2)
     for number in range(5):
         tar(tmp_path / "t" / f"{number}.tar", sample(f"k{number}"))
     opened = source(tmp_path / "t").open()

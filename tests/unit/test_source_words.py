@@ -14,8 +14,8 @@ from beitctl_plugins.sources.mixture import Mixture
 from beitctl_plugins.sources.pairs import Pairs
 from beitctl_plugins.sources.parquet import Parquet
 from beitctl_plugins.sources.path_list import PathList
-from beitctl_plugins.sources.rows import Files
-from beitctl_plugins.sources.table_files import Groups
+from beitctl_plugins.sources.reading.rows import Files
+from beitctl_plugins.sources.reading.table_files import Groups
 from beitctl_plugins.sources.text import Text
 from beitctl_plugins.sources.webdataset import WebDataset
 

@@ -10,14 +10,14 @@ from source_files import examples, fill, png, tar
 
 from beitctl.errors import DataError
 from beitctl.report.naming import printable
-from beitctl_plugins.sources import table_files
 from beitctl_plugins.sources.image_folder import ImageFolder
 from beitctl_plugins.sources.pairs import Pairs
 from beitctl_plugins.sources.parquet import Parquet
 from beitctl_plugins.sources.path_list import PathList
+from beitctl_plugins.sources.reading import table_files
+from beitctl_plugins.sources.reading.wording import listed
 from beitctl_plugins.sources.text import Text
 from beitctl_plugins.sources.webdataset import WebDataset
-from beitctl_plugins.sources.wording import listed
 
 GOOD = {"image": "1.png", "file_name": "1.png", "caption": "c", "text": "t"}
 HOSTILE = [

@@ -7,9 +7,9 @@ from pydantic import Field
 
 from beitctl.api import Plugin
 from beitctl.errors import DataError
-from beitctl_plugins.sources.annotations import Builder, Layout, lines
 from beitctl_plugins.sources.opened import Opened
-from beitctl_plugins.sources.rows import UnusableError
+from beitctl_plugins.sources.reading.annotations import Builder, Layout, lines
+from beitctl_plugins.sources.reading.rows import UnusableError
 
 INNER = "ADEChallengeData2016"
 SCENES = "sceneCategories.txt"

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from beitctl.api import Plugin
-from beitctl_plugins.sources.annotations import (
+from beitctl_plugins.sources.opened import Opened
+from beitctl_plugins.sources.reading.annotations import (
     Builder,
     Layout,
     cell,
@@ -16,8 +17,7 @@ from beitctl_plugins.sources.annotations import (
     section,
     some_names,
 )
-from beitctl_plugins.sources.opened import Opened
-from beitctl_plugins.sources.rows import UnusableError
+from beitctl_plugins.sources.reading.rows import UnusableError
 
 TREE = """
 annotations/captions_train2017.json, captions_val2017.json

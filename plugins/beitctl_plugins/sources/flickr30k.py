@@ -6,9 +6,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from beitctl.api import Plugin
-from beitctl_plugins.sources.annotations import Builder, Layout, cell, karpathy, lines
 from beitctl_plugins.sources.opened import Opened
-from beitctl_plugins.sources.rows import UnusableError
+from beitctl_plugins.sources.reading.annotations import Builder, Layout, cell, karpathy, lines
+from beitctl_plugins.sources.reading.rows import UnusableError
 
 TOKENS = "results_20130124.token"
 SPLITS = "dataset_flickr30k.json"

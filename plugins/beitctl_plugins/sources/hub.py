@@ -16,14 +16,14 @@ from beitctl.api import Plugin
 from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl.report.progress import on_terminal
-from beitctl_plugins.sources import hub_rows, table_files, table_rows
-from beitctl_plugins.sources.hashing import FileHash
-from beitctl_plugins.sources.hub_files import Streamed, Urls
-from beitctl_plugins.sources.names import CAPTION_COLUMNS, TEXT_COLUMNS
 from beitctl_plugins.sources.opened import Opened, check_share
-from beitctl_plugins.sources.rows import Files
-from beitctl_plugins.sources.table_files import InGroups, one_line
-from beitctl_plugins.sources.table_rows import Columns, Judge
+from beitctl_plugins.sources.reading import hub_rows, table_files, table_rows
+from beitctl_plugins.sources.reading.hashing import FileHash
+from beitctl_plugins.sources.reading.hub_files import Streamed, Urls
+from beitctl_plugins.sources.reading.names import CAPTION_COLUMNS, TEXT_COLUMNS
+from beitctl_plugins.sources.reading.rows import Files
+from beitctl_plugins.sources.reading.table_files import InGroups, one_line
+from beitctl_plugins.sources.reading.table_rows import Columns, Judge
 
 TIMEOUT = 10.0
 """Seconds to wait for the Hub's first answer."""

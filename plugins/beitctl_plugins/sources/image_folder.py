@@ -20,10 +20,10 @@ from beitctl.data.arrays import Texts
 from beitctl.errors import DataError
 from beitctl.report.bars import Bar
 from beitctl.report.naming import printable
-from beitctl_plugins.sources.hashing import FileHash
-from beitctl_plugins.sources.metadata import Metadata, found_in
-from beitctl_plugins.sources.names import PICTURES
 from beitctl_plugins.sources.opened import Opened, existing
+from beitctl_plugins.sources.reading.hashing import FileHash
+from beitctl_plugins.sources.reading.metadata import Metadata, found_in
+from beitctl_plugins.sources.reading.names import PICTURES
 
 HIDDEN = "(hidden)"
 SHOWN = 1000

@@ -10,9 +10,9 @@ from pydantic import Field
 
 from beitctl.api import Plugin
 from beitctl.errors import DataError
-from beitctl_plugins.sources.annotations import Builder, Layout, lines, read_json, some_names
 from beitctl_plugins.sources.opened import Opened, existing
-from beitctl_plugins.sources.rows import UnusableError, short
+from beitctl_plugins.sources.reading.annotations import Builder, Layout, lines, read_json, some_names
+from beitctl_plugins.sources.reading.rows import UnusableError, short
 
 WNID = re.compile(r"n\d{8}")
 NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from beitctl.api import Plugin
-from beitctl_plugins.sources.annotations import Builder, Layout, cell, lines
 from beitctl_plugins.sources.opened import Opened
-from beitctl_plugins.sources.rows import UnusableError, short
+from beitctl_plugins.sources.reading.annotations import Builder, Layout, cell, lines
+from beitctl_plugins.sources.reading.rows import UnusableError, short
 
 TREE = """
 train.json, dev.json, test1.json (also in data/, nlvr/nlvr2/data/ or nlvr2/data/)

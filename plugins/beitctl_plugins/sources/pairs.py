@@ -16,15 +16,15 @@ from beitctl.data.arrays import Texts
 from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl.report.bars import Bar
-from beitctl_plugins.sources import metadata, names, rows, table_files, table_rows
-from beitctl_plugins.sources.hashing import FileHash
-from beitctl_plugins.sources.metadata import Grouped, captions_in
 from beitctl_plugins.sources.opened import Opened, check_share, existing
 from beitctl_plugins.sources.parquet import Parquet
-from beitctl_plugins.sources.parquet_rows import ParquetRows
-from beitctl_plugins.sources.rows import Row, Table, UnusableError, encoded, picture_status, short
-from beitctl_plugins.sources.table_files import InGroups
-from beitctl_plugins.sources.wording import listed, no_row
+from beitctl_plugins.sources.reading import metadata, names, rows, table_files, table_rows
+from beitctl_plugins.sources.reading.hashing import FileHash
+from beitctl_plugins.sources.reading.metadata import Grouped, captions_in
+from beitctl_plugins.sources.reading.parquet_rows import ParquetRows
+from beitctl_plugins.sources.reading.rows import Row, Table, UnusableError, encoded, picture_status, short
+from beitctl_plugins.sources.reading.table_files import InGroups
+from beitctl_plugins.sources.reading.wording import listed, no_row
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".tsv")
 

@@ -16,14 +16,14 @@ from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl.report.bars import Bar
 from beitctl_plugins.sources import opened as sources
-from beitctl_plugins.sources import table_files, table_guess, table_rows
-from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.opened import check_share
-from beitctl_plugins.sources.rows import Files
-from beitctl_plugins.sources.shards import Shard, shards
-from beitctl_plugins.sources.table_files import ENDINGS, Groups, InGroups, TableFile
-from beitctl_plugins.sources.table_rows import Columns, Judge
-from beitctl_plugins.sources.wording import no_row
+from beitctl_plugins.sources.reading import table_files, table_guess, table_rows
+from beitctl_plugins.sources.reading.hashing import FileHash
+from beitctl_plugins.sources.reading.rows import Files
+from beitctl_plugins.sources.reading.shards import Shard, shards
+from beitctl_plugins.sources.reading.table_files import ENDINGS, Groups, InGroups, TableFile
+from beitctl_plugins.sources.reading.table_rows import Columns, Judge
+from beitctl_plugins.sources.reading.wording import no_row
 
 LIGHT_ROWS, PICTURE_ROWS = 4096, 64
 """Rows that are judged at a time, without and with their pictures."""

@@ -15,9 +15,9 @@ from beitctl.data.arrays import Texts
 from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl.report.bars import Bar
-from beitctl_plugins.sources.hashing import FileHash
 from beitctl_plugins.sources.opened import Opened, check_share, existing
-from beitctl_plugins.sources.rows import UnusableError, lines, picture_status, short
+from beitctl_plugins.sources.reading.hashing import FileHash
+from beitctl_plugins.sources.reading.rows import UnusableError, lines, picture_status, short
 
 LINE_BYTES = 2**16
 """No path is longer; such a file is no list."""

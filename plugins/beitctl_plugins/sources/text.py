@@ -15,14 +15,14 @@ from pydantic import Field
 from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Arrays, Texts
 from beitctl.errors import ChangedError, DataError
-from beitctl_plugins.sources import table_files, text_index
-from beitctl_plugins.sources.hashing import FileHash
-from beitctl_plugins.sources.names import TEXT_COLUMNS
 from beitctl_plugins.sources.opened import check_share
-from beitctl_plugins.sources.rows import Files, megabytes
-from beitctl_plugins.sources.shards import shards
-from beitctl_plugins.sources.table_files import Groups, InGroups
-from beitctl_plugins.sources.text_pieces import Pieces, file_format
+from beitctl_plugins.sources.reading import table_files, text_index
+from beitctl_plugins.sources.reading.hashing import FileHash
+from beitctl_plugins.sources.reading.names import TEXT_COLUMNS
+from beitctl_plugins.sources.reading.rows import Files, megabytes
+from beitctl_plugins.sources.reading.shards import shards
+from beitctl_plugins.sources.reading.table_files import Groups, InGroups
+from beitctl_plugins.sources.reading.text_pieces import Pieces, file_format
 
 ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 UNPACKED_BYTES = 256 * 2**20

@@ -8,9 +8,9 @@ from pydantic import Field
 
 from beitctl.api import Plugin
 from beitctl.errors import DataError
-from beitctl_plugins.sources.annotations import Builder, Layout, cell, read_json, section, some_names
 from beitctl_plugins.sources.opened import Opened
-from beitctl_plugins.sources.rows import UnusableError
+from beitctl_plugins.sources.reading.annotations import Builder, Layout, cell, read_json, section, some_names
+from beitctl_plugins.sources.reading.rows import UnusableError
 
 TREE = """
 v2_OpenEnded_mscoco_train2014_questions.json, ...val2014..., ...test2015..., ...test-dev2015...

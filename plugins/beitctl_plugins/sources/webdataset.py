@@ -18,13 +18,13 @@ from beitctl.api import Example, Plugin
 from beitctl.data import tar_keys
 from beitctl.errors import DataError
 from beitctl.report.naming import printable
-from beitctl_plugins.sources import tar_index
-from beitctl_plugins.sources.hashing import FileHash
-from beitctl_plugins.sources.metadata import CAPTION_BYTES, captions_in
-from beitctl_plugins.sources.names import PICTURES
 from beitctl_plugins.sources.opened import Opened, check_share
-from beitctl_plugins.sources.rows import Files, UnusableError, encoded
-from beitctl_plugins.sources.shards import Shard, shards
+from beitctl_plugins.sources.reading import tar_index
+from beitctl_plugins.sources.reading.hashing import FileHash
+from beitctl_plugins.sources.reading.metadata import CAPTION_BYTES, captions_in
+from beitctl_plugins.sources.reading.names import PICTURES
+from beitctl_plugins.sources.reading.rows import Files, UnusableError, encoded
+from beitctl_plugins.sources.reading.shards import Shard, shards
 
 MOST_TEXT_BYTES = 16 * 2**20
 MOST_PICTURE_BYTES = 512 * 2**20

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from beitctl.errors import DataError
 from beitctl_plugins.sources.opened import Opened
-from beitctl_plugins.sources.rows import Files
+from beitctl_plugins.sources.reading.rows import Files
 
 ENDINGS = (".parquet", ".arrow", ".feather")
 MOST_CACHED = 256 * 2**20

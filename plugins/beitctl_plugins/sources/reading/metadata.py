@@ -16,8 +16,8 @@ from beitctl.data.arrays import Texts
 from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl.report.naming import printable
-from beitctl_plugins.sources.hashing import FileHash
-from beitctl_plugins.sources.rows import (
+from beitctl_plugins.sources.reading.hashing import FileHash
+from beitctl_plugins.sources.reading.rows import (
     ENDINGS,
     Table,
     UnusableError,
@@ -25,7 +25,7 @@ from beitctl_plugins.sources.rows import (
     megabytes,
     short,
 )
-from beitctl_plugins.sources.wording import listed
+from beitctl_plugins.sources.reading.wording import listed
 
 NAME = "file_name"
 """Column of the pictures beside the table, by the convention of Hugging Face."""

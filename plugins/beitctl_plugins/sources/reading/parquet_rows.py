@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from beitctl.errors import DataError
-from beitctl_plugins.sources import table_files
-from beitctl_plugins.sources.rows import Files, Row
-from beitctl_plugins.sources.table_files import Groups
+from beitctl_plugins.sources.reading import table_files
+from beitctl_plugins.sources.reading.rows import Files, Row
+from beitctl_plugins.sources.reading.table_files import Groups
 
 BATCH = 1024
 """Rows that are made Python objects at a time."""

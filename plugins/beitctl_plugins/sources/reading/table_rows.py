@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from beitctl.errors import DataError
 from beitctl.report.naming import printable
-from beitctl_plugins.sources.hashing import FileHash
-from beitctl_plugins.sources.metadata import CAPTION_BYTES
-from beitctl_plugins.sources.rows import megabytes
-from beitctl_plugins.sources.wording import LONGEST, listed
+from beitctl_plugins.sources.reading.hashing import FileHash
+from beitctl_plugins.sources.reading.metadata import CAPTION_BYTES
+from beitctl_plugins.sources.reading.rows import megabytes
+from beitctl_plugins.sources.reading.wording import LONGEST, listed
 
 TEXT_BYTES = 16 * 2**20
 """Longer pieces of prose are left out."""

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from beitctl.data.arrays import SMALL_BYTES, Arrays, New, Texts, cached, filled
 from beitctl.data.order import digest
 from beitctl.report.bars import Bar
-from beitctl_plugins.sources import ahead
-from beitctl_plugins.sources.rows import Files
-from beitctl_plugins.sources.text_pieces import Pieces
+from beitctl_plugins.sources.reading import ahead
+from beitctl_plugins.sources.reading.rows import Files
+from beitctl_plugins.sources.reading.text_pieces import Pieces
 
 VERSION = 3
 """Changes when the arrays do, so that older ones in the cache are not read."""

@@ -17,8 +17,8 @@ from beitctl.data.arrays import Arrays, Texts, cached
 from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl.report.naming import printable
-from beitctl_plugins.sources import ahead
-from beitctl_plugins.sources.shards import Shard
+from beitctl_plugins.sources.reading import ahead
+from beitctl_plugins.sources.reading.shards import Shard
 
 VERSION = 1
 """Changes when the arrays do, so that older ones in the cache are not read."""

@@ -16,11 +16,11 @@ from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl.report.bars import Bar
 from beitctl_plugins.sources import opened as sources
-from beitctl_plugins.sources import table_rows
-from beitctl_plugins.sources.metadata import captions_in
-from beitctl_plugins.sources.rows import Files, UnusableError
-from beitctl_plugins.sources.table_files import BROKEN, one_line
-from beitctl_plugins.sources.table_rows import Columns, Judge
+from beitctl_plugins.sources.reading import table_rows
+from beitctl_plugins.sources.reading.metadata import captions_in
+from beitctl_plugins.sources.reading.rows import Files, UnusableError
+from beitctl_plugins.sources.reading.table_files import BROKEN, one_line
+from beitctl_plugins.sources.reading.table_rows import Columns, Judge
 
 BATCH = 1024
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from beitctl.data.arrays import Texts
 from beitctl.errors import ChangedError, DataError
 from beitctl.report.naming import printable
-from beitctl_plugins.sources.wording import LONGEST
+from beitctl_plugins.sources.reading.wording import LONGEST
 
 ROW_BYTES = 10 * 2**20
 """Longer rows are left out: they come from a quote that is never closed, or hold no caption."""

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from beitctl.data.order import digest
 from beitctl.errors import DataError
 from beitctl_plugins.sources import opened
-from beitctl_plugins.sources.rows import Files
+from beitctl_plugins.sources.reading.rows import Files
 
 
 class FileHash:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from beitctl.errors import DataError
-from beitctl_plugins.sources import table_files, table_rows
-from beitctl_plugins.sources.names import CAPTION_COLUMNS, IMAGE_COLUMNS
-from beitctl_plugins.sources.table_files import ENDINGS
+from beitctl_plugins.sources.reading import table_files, table_rows
+from beitctl_plugins.sources.reading.names import CAPTION_COLUMNS, IMAGE_COLUMNS
+from beitctl_plugins.sources.reading.table_files import ENDINGS
 
 GUESS_FILES = 1000
 

@@ -17,8 +17,8 @@ from beitctl.data.arrays import Arrays, Texts, cached
 from beitctl.data.order import digest
 from beitctl.errors import ChangedError, DataError
 from beitctl.report.bars import Bar
-from beitctl_plugins.sources.rows import Files
-from beitctl_plugins.sources.table_files import BROKEN, Groups, column_sizes, one_line
+from beitctl_plugins.sources.reading.rows import Files
+from beitctl_plugins.sources.reading.table_files import BROKEN, Groups, column_sizes, one_line
 
 FOOTERS = 16
 """Footers of Parquet files that are read at the same time."""

@@ -14,11 +14,11 @@ from beitctl.api import Example, Plugin
 from beitctl.data.arrays import Texts
 from beitctl.errors import DataError
 from beitctl.report.naming import printable
-from beitctl_plugins.sources.hashing import FileHash
-from beitctl_plugins.sources.metadata import captions_in
-from beitctl_plugins.sources.names import PICTURES
 from beitctl_plugins.sources.opened import Opened, check_share, existing
-from beitctl_plugins.sources.rows import UnusableError, encoded, short
+from beitctl_plugins.sources.reading.hashing import FileHash
+from beitctl_plugins.sources.reading.metadata import captions_in
+from beitctl_plugins.sources.reading.names import PICTURES
+from beitctl_plugins.sources.reading.rows import UnusableError, encoded, short
 
 ENDINGS = tuple(f".{ending}" for ending in PICTURES)
 TEXT_BYTES = 2**20

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beitctl.errors import DataError
-from beitctl_plugins.sources import table_files
-from beitctl_plugins.sources.rows import UnusableError, encoded, lines, megabytes
-from beitctl_plugins.sources.wording import listed
+from beitctl_plugins.sources.reading import table_files
+from beitctl_plugins.sources.reading.rows import UnusableError, encoded, lines, megabytes
+from beitctl_plugins.sources.reading.wording import listed
 
 PIECE_BYTES = 64 * 2**20
 """Longer pieces are left out."""

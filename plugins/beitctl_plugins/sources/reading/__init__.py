@@ -1,0 +1,1 @@
+"""What sources read files with: tables, tars, texts, addresses; no plugin is in here."""
