@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	@echo "report: runs/demo/report.html   numbers: runs/demo/summary.json"
 
 test: $(VENV)/.ready $(VENV)/.references
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
