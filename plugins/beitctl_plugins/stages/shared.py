@@ -181,7 +181,7 @@ def fit(
         layers=model.layers, examples={stream.name: len(stream.examples) for stream in streams},
         saved=job.log.checkpoint,
         started=lambda step: job.log.note(f"resuming from step {step}") if step else None,
-        warn=lambda text: job.log.warning("W301", text, "look at what is named, and replace it"),
+        warn=lambda text: job.log.warning("W301", text, "replace it, or leave it: the run goes on"),
         sampled=job.log.samples,
     )  # fmt: skip
     with closing(train(learner, data, config, session)) as steps:

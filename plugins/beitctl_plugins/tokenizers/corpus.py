@@ -142,7 +142,7 @@ def texts(sources: Sequence[Source], log: Log | None = None) -> Iterator[str]:
                         f"{UNUSABLE:g} of all: {error}"
                     ) from error
                 if log is not None and problems <= TOLD:
-                    log.warning("W301", f"left out: {error}", "look at what is named, and replace it")
+                    log.warning("W301", f"left out: {error}", "replace it, or leave it: the run goes on")
 
 
 def measured(tokenizer: Any, sample: Sample, job: Job) -> tuple[dict[str, Any], Counter[int]]:

@@ -202,7 +202,7 @@ class DVAE(Plugin):
         session = Session(
             ranks, job.folder, "dvae", job.resume,
             examples={stream.name: len(stream.examples) for stream in streams}, saved=job.log.checkpoint,
-            warn=lambda text: job.log.warning("W301", text, "look at what is named, and replace it"),
+            warn=lambda text: job.log.warning("W301", text, "replace it, or leave it: the run goes on"),
             sampled=job.log.samples,
         )  # fmt: skip
         guard = UseGuard(self.codes, self.min_used_share, config.steps / 4)

@@ -219,7 +219,7 @@ class VQKD(Plugin):
             ranks, job.folder, "vqkd", job.resume, self.shape.layers,
             examples={stream.name: len(stream.examples) for stream in streams}, saved=job.log.checkpoint,
             started=started,
-            warn=lambda text: job.log.warning("W301", text, "look at what is named, and replace it"),
+            warn=lambda text: job.log.warning("W301", text, "replace it, or leave it: the run goes on"),
             sampled=job.log.samples,
         )  # fmt: skip
         with closing(train(learner, data, config, session)) as steps:
