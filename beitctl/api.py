@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, S
 from pydantic import AfterValidator
 
 from beitctl.errors import UserError
-from beitctl.kinds import GROUP_MARK, Kind, Plugin
-
-__all__ = ["GROUP_MARK", "Kind", "Plugin"]
+from beitctl.kinds import GROUP_MARK as GROUP_MARK
+from beitctl.kinds import Kind as Kind
+from beitctl.kinds import Plugin as Plugin
 
 if TYPE_CHECKING:
     import numpy as np

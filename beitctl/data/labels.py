@@ -2,8 +2,18 @@
 
 from collections.abc import Iterator
 
-from beitctl.api import Examples
+from beitctl.api import Example, Examples
 from beitctl.errors import ChangedError, DataError
+
+
+def label(examples: Examples, index: int) -> str | None:
+    """Class of an example.
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    found = getattr(examples, "label", None)
+    return found(index) if callable(found) else examples[index].label
 
 
 def labels(examples: Examples) -> Iterator[str | None]:
@@ -12,10 +22,9 @@ def labels(examples: Examples) -> Iterator[str | None]:
     Raises:
         ChangedError: the data are not any more what was opened.
     """
-    found = getattr(examples, "label", None)
     for index in range(len(examples)):
         try:
-            yield found(index) if callable(found) else examples[index].label
+            yield label(examples, index)
         except ChangedError:
             raise
         except DataError:
@@ -24,17 +33,19 @@ def labels(examples: Examples) -> Iterator[str | None]:
 
 def classes(examples: Examples) -> tuple[str, ...]:
     """Names of the classes that there are, sorted."""
-    return tuple(sorted({label for label in labels(examples) if label}))
+    return tuple(sorted({name for name in labels(examples) if name}))
 
 
 def words(examples: Examples, index: int) -> tuple[str, ...]:
-    """Captions of an example, and its text if there is one.
+    """Captions of an example, then its text if it has one.
 
     Raises:
         DataError: it cannot be used.
     """
     found = getattr(examples, "words", None)
-    if callable(found):
-        return tuple(found(index))
-    example = examples[index]
+    return tuple(found(index)) if callable(found) else words_of(examples[index])
+
+
+def words_of(example: Example) -> tuple[str, ...]:
+    """Captions of an example, then its text if it has one."""
     return (*example.captions, *([example.text] if example.text else []))

@@ -2,10 +2,11 @@
 
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import TypeVar
+
+from beitctl.data.threads import ahead
 
 CHUNK = 16
 """Examples that a thread takes at a time."""
@@ -21,21 +22,19 @@ def in_order(
     Close it (``contextlib.closing``) when leaving early: the threads then stop after what they are at.
     """
     stop = threading.Event()
-    waiting: deque[Future[list[Result]]] = deque()
 
     def chunk(some: Sequence[int]) -> list[Result]:
         return [function(int(index)) for index in some if not stop.is_set()]
 
+    chunks = (indices[first : first + CHUNK] for first in range(0, len(indices), CHUNK))
+    found = ahead(chunk, chunks, workers, 2 * workers)
     # Pillow's decoders warn, and each thread would change the filters of all of them in its own order
-    with warnings.catch_warnings(action="ignore"):
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="beitctl-data")
+    with (
+        warnings.catch_warnings(action="ignore"),
+        closing(ahead(chunk, chunks, workers, 2 * workers)) as found,
+    ):
         try:
-            for first in range(0, len(indices), CHUNK):
-                waiting.append(pool.submit(chunk, indices[first : first + CHUNK]))
-                if len(waiting) > 2 * workers:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
+            for results in found:
+                yield from results
         finally:
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)

@@ -157,3 +157,12 @@ def beitctl(capsys, *words):
     assert "a fault of beitctl" not in err
     assert ("\nerror: " in f"\n{err}") == (code != 0)
     return code, out, err
+
+
+def settle(folder, monkeypatch):
+    """Be in an empty folder, with a cache beside it."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("BEITCTL_DEBUG", "")
+    monkeypatch.delenv("BEITCTL_RUNS", raising=False)
+    monkeypatch.setenv("BEITCTL_CACHE", str(folder.parent / f"{folder.name}-cache"))
+    return folder

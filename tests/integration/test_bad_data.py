@@ -25,6 +25,7 @@ from bad_files import (
     parquet,
     png,
     rows,
+    settle,
     tarred,
 )
 
@@ -135,11 +136,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BEITCTL_DEBUG", "")
-    monkeypatch.delenv("BEITCTL_RUNS", raising=False)
-    monkeypatch.setenv("BEITCTL_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
-    return tmp_path
+    return settle(tmp_path, monkeypatch)
 
 
 def tree(folder):

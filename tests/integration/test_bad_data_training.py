@@ -8,7 +8,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bad_files import PAIR, PICTURES, beitctl, beside, jpeg, png, rows, tarred, write
+from bad_files import (
+    PAIR,
+    PICTURES,
+    beitctl,
+    beside,
+    jpeg,
+    png,
+    rows,
+    settle,
+    tarred,
+    write,
+)
 
 from beitctl.data.images import Crop
 from beitctl_plugins.stages import shared
@@ -16,10 +27,7 @@ from beitctl_plugins.stages import shared
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BEITCTL_DEBUG", "")
-    monkeypatch.delenv("BEITCTL_RUNS", raising=False)
-    monkeypatch.setenv("BEITCTL_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
+    return settle(tmp_path, monkeypatch)
 
 
 RECIPE = """

@@ -72,9 +72,7 @@ class Mixed:
     def label(self, index: int) -> str | None:
         """Class of an example, without its picture where that is faster."""
         number, place = self._at(index)
-        part = self.opened[number]
-        found = getattr(part, "label", None)
-        return found(place) if callable(found) else part[place].label
+        return labels.label(self.opened[number], place)
 
     def words(self, index: int) -> tuple[str, ...]:
         """Captions of an example, then its text, without its picture where that is faster."""
@@ -99,7 +97,7 @@ def _parts(opened: Sequence[Examples], weights: Sequence[float]) -> list[tuple[f
 
 
 def _shards(opened: Sequence[Examples]) -> tuple[int, ...]:
-    """Shards of all sources; in one that has none every example is its own. none if no source has any."""
+    """Shards of all sources; in one that has none every example is its own. Empty if no source has any."""
     found: list[int] = []
     for part in opened:
         shards = getattr(part, "shards", ())

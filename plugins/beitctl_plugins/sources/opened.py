@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from beitctl.api import Example
+from beitctl.data.labels import words_of
 from beitctl.errors import DataError
 
 SMALL_BYTES = 64 * 2**20
@@ -47,11 +48,6 @@ class Opened:
     def words(self, index: int) -> tuple[str, ...]:
         """Captions of an example, then its text, without its picture where that is faster."""
         return self.worded(self.rows[index]) if self.worded else words_of(self[index])
-
-
-def words_of(example: Example) -> tuple[str, ...]:
-    """Captions of an example, then its text if it has one."""
-    return (*example.captions, *([example.text] if example.text else []))
 
 
 def existing(path: Path) -> Path:

@@ -306,7 +306,7 @@ class _Reader:
             DataError: the row cannot be read.
         """
         found = self._at(int(place), self.classes)
-        return self._label(found.table.column(self.columns.label)[found.row].as_py(), self.names[found.file])
+        return self._label(self._cells(found, self.classes).get(self.columns.label), self.names[found.file])
 
     def words(self, place: int) -> tuple[str, ...]:
         """Captions and text of one row; reads no other column.
@@ -328,10 +328,8 @@ class _Reader:
 
     def _words(self, cells: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
         """Captions, and the text."""
-        columns = self.columns
-        return tuple(_captions(cells.get(columns.caption))), cells[
-            columns.text
-        ].strip() if columns.text else None
+        text = cells[self.columns.text].strip() if self.columns.text else None
+        return tuple(_captions(cells.get(self.columns.caption))), text
 
     def _picture(self, cell: Any, file: int, line: int) -> tuple[bytes | Path | None, str]:
         """Picture and path in a cell."""

@@ -7,13 +7,11 @@ the ranks: the tokenizer reads the views of a shard in the same batches always.
 import os
 import warnings
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,13 +23,11 @@ from beitctl.data.images import Crop, Pictures, random_crop
 from beitctl.data.order import generator
 from beitctl.data.store import TokenStoreWriter, picture_hash
 from beitctl.data.store_format import Row
+from beitctl.data.threads import ahead
 from beitctl.errors import ChangedError, DataError
 
 if TYPE_CHECKING:
     from beitctl_plugins.stages.tokenize_images import TokenizeImages
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 BATCH = 64
 """Views that the tokenizer reads at once."""
@@ -200,23 +196,6 @@ def encoded(example: Example) -> tuple[bytes, str]:
         return example.image.read_bytes(), name
     except OSError as error:
         raise DataError(f"{name}: not a readable picture ({error.strerror}); replace or remove it") from error
-
-
-def ahead(
-    function: Callable[[T], R], items: Iterable[T], threads: int, most: int
-) -> Generator[R, None, None]:
-    """Results of a function in order, up to ``most`` of them made by threads before they are asked for."""
-    waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(threads, "views", torch.set_num_threads, (1,))  # in each of them alone
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > most:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from beitctl.data.loader import Place, Stream, drawn
-from beitctl.data.order import digest, share
+from beitctl.data.order import digest
 from beitctl.engine.learner import HALF, Sums, normalise
 from beitctl.errors import DivergedError
 from beitctl.model.dvae import DiscreteVAE, kl_to_uniform
@@ -84,8 +84,7 @@ class ShotSteps(Dataset[list[Shots]]):
         rows: list[Any] = []
         keys, ids, problems = [], [], []
         for stream in self.streams:
-            for offset in share(stream.samples, parts, part):
-                position = step * stream.samples + offset
+            for position in stream.positions(step, parts, part, self.seed):
                 found: Any = drawn(stream, position, self.seed)
                 id, (item,), bad = found
                 rows.append(item)

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from beitctl.data.loader import Place, Stream, drawn
-from beitctl.data.order import share
 from beitctl.engine.learner import HALF, Sums, normalise
 from beitctl.model.codebook import Upkeep
 from beitctl.model.vqkd import VQKDModel
@@ -53,11 +52,11 @@ class ViewSteps(Dataset[list[Views]]):
         rows: list[Any] = []
         ids, places, problems, before = [], [], [], 0
         for stream in self.streams:
-            for offset in share(stream.samples, parts, part):
-                id, item, bad = drawn(stream, step * stream.samples + offset, self.seed)
+            for position in stream.positions(step, parts, part, self.seed):
+                id, item, bad = drawn(stream, position, self.seed)
                 rows.append(item)
                 ids.append(id)
-                places.append(before + offset)
+                places.append(before + position - step * stream.samples)
                 problems += bad
             before += stream.samples
         sizes = self.streams[0].task.sizes  # type: ignore[attr-defined]
