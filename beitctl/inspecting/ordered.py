@@ -29,10 +29,7 @@ def in_order(
     chunks = (indices[first : first + CHUNK] for first in range(0, len(indices), CHUNK))
     found = ahead(chunk, chunks, workers, 2 * workers)
     # Pillow's decoders warn, and each thread would change the filters of all of them in its own order
-    with (
-        warnings.catch_warnings(action="ignore"),
-        closing(ahead(chunk, chunks, workers, 2 * workers)) as found,
-    ):
+    with warnings.catch_warnings(action="ignore"), closing(found):
         try:
             for results in found:
                 yield from results
