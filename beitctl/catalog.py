@@ -175,16 +175,22 @@ def _plugins_ls(as_json: JsonOption = False) -> None:
     _show(rows, ("group", "name", "distribution", "state"), as_json)
 
 
-def check_environment(as_json: JsonOption = False) -> None:
-    """Check the environment: versions, GPUs, memory, disk, extras."""
+def check_environment(
+    as_json: JsonOption = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure products, copies and decoding; try the compiler: a minute."),
+    ] = False,
+) -> None:
+    """Check this machine: versions, GPUs, memory, disk, extras, numerics, speeds, which recipes fit."""
     from beitctl import doctor
 
-    findings = doctor.examine()
+    findings = doctor.examine(measure)
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings]) + "\n")
     else:
         sys.stdout.write(doctor.as_text(findings))
-    if any(finding.state == "missing" for finding in findings):
+    if any(finding.blocking for finding in findings):
         raise SetupError(doctor.advice(findings))
     sys.stderr.write(doctor.advice(findings) + "\n")
 

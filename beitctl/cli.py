@@ -3,30 +3,44 @@
 Heavy modules are imported inside the commands, so that --help answers at once.
 """
 
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from beitctl import catalog, datacommand, failures, launch, registry
-from beitctl.errors import Stopped, UserError
+from beitctl import catalog, datacommand, failures, launch, registry, running
+from beitctl.catalog import STAGES
+from beitctl.errors import Stopped
+from beitctl.options import (
+    AllowOption,
+    DryOption,
+    GpusOption,
+    JsonOption,
+    MaxTimeOption,
+    NodesOption,
+    OnlyOption,
+    OutOption,
+    PartitionOption,
+    RecipeOption,
+    ResumeOption,
+    SetOption,
+    SlurmOption,
+    SmokeOption,
+    SubmitOption,
+    TimeOption,
+    VerifyOption,
+)
 from beitctl.planning import command as planning
+from beitctl.submit import Request
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    from beitctl.pipeline import Options, Pipeline, Ranks
-    from beitctl.recipe import Recipe
-
-STAGES = "beitctl.stages"
 
 
 @dataclass
@@ -87,34 +101,11 @@ app.add_typer(datacommand.data, name="data")
 app.command("doctor")(catalog.check_environment)
 app.command("plan")(planning.plan)
 
-RecipeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe", metavar="NAME|FILE", help="Recipe to use; by default beitctl.toml in this folder."
-    ),
-]
-SetOption = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change a setting; VALUE is TOML. KEY+=X appends, KEY=! removes. Repeatable.",
-    ),
-]
-OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to work in.")]
-GpusOption = Annotated[int, typer.Option("--gpus", metavar="N", help="Processes to start, one per GPU.")]
-SmokeOption = Annotated[
-    bool, typer.Option("--smoke", help="Try it out: toy sizes, a few steps, data that come with beitctl.")
-]
-DryOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Records for scripts on stdout, one JSON a line.")]
-
 
 def main() -> None:
     """Entry point: runs the command of ``sys.argv`` and exits with its code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _terminated)
     code = execute(sys.argv[1:])
     if launch.world(os.environ) > 1:
         # without finalizers: after a failure leaving the group in order would take all the other ranks, and
@@ -147,7 +138,8 @@ def execute(arguments: Sequence[str]) -> int:
 def _terminated(number: int, frame: "FrameType | None") -> None:
     """End with 75, and by no exception that a plugin or what surrounds it would catch."""
     if failures.rank() == 0:
-        os.write(2, b"stopped by SIGTERM; the same command goes on where this one ended\n")
+        name = signal.Signals(number).name
+        os.write(2, f"stopped by {name}; the same command goes on where this one ended\n".encode())
     raise SystemExit(Stopped.exit_code)
 
 
@@ -190,165 +182,35 @@ def _stage_command(label: str) -> Any:
         recipe: RecipeOption = None,
         settings: SetOption = [],  # noqa: B006 - typer reads the default and never changes it
         out: OutOption = None,
-        gpus: GpusOption = 1,
-        resume: Annotated[
-            bool,
-            typer.Option(
-                "--resume/--no-resume", help="Go on with a run that was stopped, use one that is done."
-            ),
-        ] = True,
-        only: Annotated[
-            str | None,
-            typer.Option("--only", metavar="NAME", help="The one table to run, of several of this stage."),
-        ] = None,
+        allow: AllowOption = [],  # noqa: B006
+        gpus: GpusOption = None,
+        resume: ResumeOption = True,
+        only: OnlyOption = None,
+        max_time: MaxTimeOption = None,
         smoke: SmokeOption = False,
-        verify: Annotated[bool, typer.Option("--verify", help="Check what a finished run left.")] = False,
+        verify: VerifyOption = False,
         dry_run: DryOption = False,
         as_json: JsonOption = False,
+        where: SubmitOption = None,
+        nodes: NodesOption = None,
+        partition: PartitionOption = None,
+        time: TimeOption = None,
+        slurm: SlurmOption = [],  # noqa: B006
     ) -> None:
         catalog.plugin(STAGES, name)
-        found, keys = _stage_tables(name, recipe, settings, only, smoke=smoke)
-        if out is not None and len(keys) > 1:
-            raise UserError(
-                f"--out names one folder, but {found.name} has {', '.join(keys)}; choose one with --only"
-            )
+        found, keys = running.stage_tables(name, recipe, settings, only, smoke=smoke)
+        running.check_places(found, keys, out, allow)
         if verify:
-            return _show(catalog.verified(found, keys, out), as_json)
+            return running.show(catalog.verified(found, keys, out), as_json)
         if dry_run:
-            return _show({key: found.tables[key].plugin.plan() for key in keys}, as_json)
-        _launched(context, gpus)
-        options = _options(context, found, as_json, out=out, resume=resume)
-        _run_stage(context, _pipeline(found, options), keys)
+            return running.show({key: found.tables[key].plugin.plan() for key in keys}, as_json)
+        request = Request(nodes, gpus, partition, time, tuple(slurm))
+        running.processes(context, found, request, max_time, where=where, logs=out, as_json=as_json)
+        options = running.options(context, found, as_json, out=out, resume=resume, allow=allow)
+        running.run_stage(context, running.pipeline(found, options), keys)
 
     single.command(label, help=catalog.stage_help(name))(command)
     return typer.main.get_command(single)
-
-
-def _stage_tables(
-    stage: str, recipe: str | None, settings: Sequence[str], only: str | None, *, smoke: bool
-) -> tuple["Recipe", list[str]]:
-    """The recipe, at toy size if asked for, and the keys of its tables of a stage that are to run."""
-    found = _load(recipe, [] if smoke else settings, stage)
-    keys = _chosen(found, stage, only)
-    if smoke:
-        from beitctl.smoke import shrunk
-
-        found = shrunk(found, stage, keys, settings)
-    return found, keys
-
-
-def _chosen(found: "Recipe", stage: str, only: str | None) -> list[str]:
-    """Keys of the tables of a stage, or the one that ``--only`` names."""
-    keys = [key for key, table in found.tables.items() if table.stage == stage]
-    if not keys:
-        there = ", ".join(found.tables)
-        raise UserError(
-            f"{found.path} has no table [{stage}]; it has {there}. Add one, or use another recipe"
-        )
-    if only is None:
-        return keys
-    chosen = [key for key in keys if only in (key, key.partition(".")[2])]
-    if not chosen:
-        names = ", ".join(key.partition(".")[2] or key for key in keys)
-        raise UserError(f"--only {only}: {found.name} has no such table of {stage}; it has {names}")
-    return chosen
-
-
-def _load(name: str | None, settings: Sequence[str], stage: str | None = None) -> "Recipe":
-    from beitctl.recipe import load
-
-    found = load(name, settings, stage=stage)
-    for table in found.tables.values():
-        catalog.plugin(STAGES, table.stage)
-    return found
-
-
-def _launched(context: typer.Context, gpus: int) -> None:
-    """Start one process per GPU if more than one is asked for, and end with their exit code."""
-    if launch.needed(gpus, os.environ):
-        context.obj.ended = True  # rank 0 writes it
-        raise typer.Exit(launch.run(gpus, context.obj.arguments))
-
-
-def _options(
-    context: typer.Context, recipe: "Recipe", as_json: bool, *, out: Path | None = None,
-    root: Path | None = None, resume: bool = True,
-) -> "Options":  # fmt: skip
-    from beitctl import pipeline, runs
-
-    terminal = context.obj
-    return pipeline.Options(
-        root=root or runs.root() / recipe.name,
-        out=out,
-        resume=resume,
-        json=as_json,
-        quiet=terminal.quiet,
-        command=("beitctl", *terminal.arguments),
-    )
-
-
-def _pipeline(recipe: "Recipe", options: "Options") -> "Pipeline":
-    from beitctl import pipeline
-
-    ranks: Ranks = pipeline.Alone()
-    if launch.world(os.environ) > 1:
-        from beitctl.engine import dist
-
-        ranks = dist.start()
-    return pipeline.Pipeline(recipe, options, ranks, _write_page)
-
-
-def _write_page(folder: Path) -> None:
-    from beitctl.report import page
-
-    page.write(folder)
-
-
-@contextlib.contextmanager
-def _together(context: typer.Context, pipeline: "Pipeline") -> Iterator[None]:
-    """Run tables on all ranks and then leave the process group, if a stage has joined one."""
-    orderly = pipeline.ranks.world == 1
-    try:
-        yield
-        pipeline.ranks.barrier()
-        orderly = True
-    finally:
-        context.obj.ended = pipeline.ended
-        dist = sys.modules.get("beitctl.engine.dist")
-        if dist is not None and orderly:
-            dist.Ranks.stop()
-
-
-def _run_stage(context: typer.Context, pipeline: "Pipeline", keys: Sequence[str]) -> None:
-    with _together(context, pipeline):
-        pipeline.stage(keys)
-    if not pipeline.ranks.main:
-        return
-    folders = [pipeline.folders[key] for key in keys]
-    if not pipeline.options.json:
-        sys.stdout.write("".join(f"{folder}\n" for folder in folders))
-    if not pipeline.options.quiet:
-        sys.stderr.write(_next_step(pipeline, keys[-1], folders[-1]) + "\n")
-
-
-def _next_step(pipeline: "Pipeline", key: str, folder: Path) -> str:
-    """What to do after a stage."""
-    recipe = pipeline.recipe
-    following = list(recipe.tables)[list(recipe.tables).index(key) + 1 :]
-    look = f"report: {folder / 'report.html'}"
-    if not following or any(word.startswith("--set") for word in pipeline.options.command):
-        return look  # what --set changed would have to be said again, in terms of the next table
-    table = recipe.tables[following[0]]
-    only = f" --only {table.key.partition('.')[2]}" if "." in table.key else ""
-    return f"{look}   next: beitctl {table.stage} --recipe {_given(recipe)}{only}"
-
-
-def _given(recipe: "Recipe") -> str:
-    """How the recipe is named on a command line: bundled ones by name."""
-    from beitctl.recipe import find, names
-
-    bundled = recipe.name in names() and find(recipe.name) == recipe.path
-    return recipe.name if bundled else str(recipe.path)
 
 
 @app.command("run")
@@ -357,44 +219,26 @@ def _run(  # noqa: PLR0913 - one parameter per option
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name or file of a recipe.")],
     settings: SetOption = [],  # noqa: B006 - typer reads the default and never changes it
     out: OutOption = None,
-    gpus: GpusOption = 1,
+    gpus: GpusOption = None,
     force: Annotated[bool, typer.Option("--force", help="Run everything again, also what is done.")] = False,
     until: Annotated[str | None, typer.Option("--until", metavar="KEY", help="Last table to run.")] = None,
+    max_time: MaxTimeOption = None,
     dry_run: DryOption = False,
     as_json: JsonOption = False,
+    where: SubmitOption = None,
+    nodes: NodesOption = None,
+    partition: PartitionOption = None,
+    time: TimeOption = None,
+    slurm: SlurmOption = [],  # noqa: B006
 ) -> None:
     """Run all stages of a recipe in order, except those that are done."""
-    from beitctl.pipeline import write_event, write_summary
-
-    found = _load(recipe, settings)
+    found = running.load(recipe, settings)
     if dry_run:
-        return _show({key: table.plugin.plan() for key, table in found.tables.items()}, as_json)
-    _launched(context, gpus)
-    pipeline = _pipeline(found, _options(context, found, as_json, root=out, resume=not force))
-    with _together(context, pipeline):
-        pipeline.everything(until)
-    if not pipeline.ranks.main:
-        return
-    context.obj.ended = False
-    summary = write_summary(pipeline, _write_pipeline_page)
-    root = pipeline.options.root
-    if as_json:
-        write_event("summary", recipe=found.name, dir=str(root), summary=summary, report="report.html")
-    else:
-        sys.stdout.write(f"{root / 'summary.json'}\n")
-    if not context.obj.quiet:
-        sys.stderr.write(f"report: {root / 'report.html'}\n")
-
-
-def _write_pipeline_page(folder: Path, run_folders: Sequence[Path]) -> None:
-    from beitctl.report import page
-
-    page.write_pipeline(folder, run_folders)
-
-
-def _show(found: dict[str, Any], as_json: bool) -> None:
-    """Print what stages would do, or what their finished runs were found to hold, by the keys of tables."""
-    from beitctl import plans
-    from beitctl.report.events import plain
-
-    plans.show(plain(found), as_json=as_json)
+        return running.show({key: table.plugin.plan() for key, table in found.tables.items()}, as_json)
+    if until is not None:
+        running.check_until(found, until)
+    request = Request(nodes, gpus, partition, time, tuple(slurm))
+    running.processes(context, found, request, max_time, where=where, logs=out, as_json=as_json)
+    options = running.options(context, found, as_json, root=out, resume=not force)
+    running.run_recipe(context, running.pipeline(found, options), until)
+    return None

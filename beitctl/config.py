@@ -203,6 +203,22 @@ class TrainConfig:
     """Compute type; ``auto`` is bf16 where the hardware multiplies it natively, else fp32."""
     micro_samples: int = 0
     """Most samples in one forward pass on one device; more are accumulated. 0: no limit."""
+    compile: Literal["auto", "on", "try", "off"] = "auto"
+    """Whether blocks are compiled (``torch.compile``, no graph breaks); ``auto``: on GPUs; ``try``: where the
+    compiler fails, the run goes on without it and says so, where the others end it (exit 4)."""
+    attention_backend: Literal["auto", "padded", "varlen-flash", "varlen-fa3", "varlen-cudnn"] = "auto"
+    """Kernel of attention; ``auto``: ``varlen-flash`` in bf16 on GPUs, else ``padded``. ``varlen-fa3`` and
+    ``varlen-cudnn`` are tried on adversarial input before the first step and refused if they err."""
+    memory_budget: float = 1.0
+    """Share of the activations of a compiled block that is kept for the backward pass; the rest is computed
+    again, cheapest first. 1 keeps what the compiler would."""
+    recompute: bool = False
+    """Full activation checkpointing: a block keeps its input alone and runs again in the backward pass."""
+    shard_ranks: int = 0
+    """Ranks that share one copy of weights, gradients and optimizer state (FSDP); groups of so many hold
+    replicas (HSDP). 0: the ranks of one machine."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights, which are then what the run gives; 0: none."""
     seed: int = 0
     """Seed of initial weights, order, crops, masks and stochastic depth."""
     save_every_steps: int = 1000
@@ -211,6 +227,14 @@ class TrainConfig:
     """A checkpoint is also written after this much time."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep."""
+    keep_every_hours: float = 24.0
+    """One checkpoint of every so many hours is kept besides; 0: none."""
+    async_save: bool = True
+    """Whether checkpoints are written in the background, from a copy in host memory."""
+    max_rollbacks: int = 3
+    """Returns to the last checkpoint, past the data since, before a diverging run is given up (exit 6)."""
+    on_spike: Literal["warn", "rollback", "off"] = "warn"
+    """What follows on a gradient norm far above its usual range (robust z-score over 200 steps)."""
     log_every_steps: int = 10
     """Steps between log records."""
     max_minutes: float = 0.0
@@ -223,6 +247,8 @@ class TrainConfig:
     """Data-loading processes per rank; 0 loads in the main process."""
     log_samples: bool = False
     """Whether ``events.jsonl`` names the samples of every step that is logged."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a window that is profiled: a trace per rank goes to ``profile/``."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "keep_checkpoints", "log_every_steps", "save_every_steps"):
@@ -234,5 +260,20 @@ class TrainConfig:
             raise ValueError(f"save_every_minutes ({self.save_every_minutes}) must be positive")
         if self.micro_samples < 0 or self.workers < 0 or self.max_minutes < 0 or self.seed < 0:
             raise ValueError("micro_samples, workers, max_minutes and seed must not be negative")
+        self._check_engine()
         if self.optim.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.steps})")
+
+    def _check_engine(self) -> None:
+        if not 0 < self.memory_budget <= 1:
+            raise ValueError(f"memory_budget ({self.memory_budget}) must be above 0 and at most 1")
+        if self.memory_budget < 1 and (self.compile == "off" or self.recompute):
+            raise ValueError(
+                'memory_budget needs compiled blocks: compile = "off" or recompute = true excludes it'
+            )
+        if self.shard_ranks < 0 or self.max_rollbacks < 0 or self.keep_every_hours < 0:
+            raise ValueError("shard_ranks, max_rollbacks and keep_every_hours must not be negative")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay ({self.ema_decay}) must be at least 0 and below 1")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile {list(self.profile)} must be [first step, last step], counted from 1")

@@ -7,15 +7,19 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from beitctl import runs
+from beitctl.examining.finding import Finding, guarded
 
 PYTHON = (3, 11)
 LOW_DISK_GIB = 5
 GIB = 2**30
+RECIPE = "recipe "
+"""Before the name of a recipe in the finding of whether it fits."""
 VARIABLES = {
     "BEITCTL_RUNS": "folder of all runs (default: ./runs)",
     "BEITCTL_RECIPES": "folders that are searched for recipes",
@@ -24,26 +28,24 @@ VARIABLES = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the check."""
+def examine(measure: bool = False) -> list[Finding]:
+    """Everything that is worth knowing about this machine before a run starts.
 
-    name: str
-    state: Literal["ok", "note", "missing"]
-    """``missing`` is something that beitctl cannot work without."""
-    value: str
-    fix: str = ""
-
-
-def examine() -> list[Finding]:
-    """Everything that is worth knowing about this machine before a run starts."""
+    Args:
+        measure: whether to measure anew what the machine reaches, and to try the compiler; else what is
+            remembered is told.
+    """
+    torch = list(_torch())
+    usable = not any(finding.blocking for finding in torch)
+    update = 'pip install --upgrade "torch>=2.11"'
     return [
         _python(),
         Finding("beitctl", "ok", metadata.version("beitctl")),
         *_requirements(),
-        *_torch(),
+        *torch,
         *_machine(),
         _disk(),
+        *(guarded("checks", partial(_numbers, measure), update, "failed") if usable else ()),
         *_extras(),
         *_variables(),
     ]
@@ -51,9 +53,13 @@ def examine() -> list[Finding]:
 
 def advice(findings: list[Finding]) -> str:
     """What to do next."""
-    missing = [finding for finding in findings if finding.state == "missing"]
-    if missing:
-        return "not ready: " + "; ".join(f"{f.name}: {f.fix or f.value}" for f in missing)
+    blocking = [finding for finding in findings if finding.blocking]
+    if blocking:
+        return "not ready: " + "; ".join(f"{f.name}: {f.fix or f.value}" for f in blocking)
+    fitting = [f.name for f in findings if f.name.startswith(RECIPE) and f.state == "ok"]
+    if fitting:
+        name = fitting[-1].removeprefix(RECIPE)
+        return f"ready. Next: beitctl run tiny, then beitctl plan --recipe {name}, the largest that fits"
     return "ready. Next: beitctl recipes ls, or beitctl run tiny"
 
 
@@ -83,23 +89,40 @@ def _torch() -> Iterator[Finding]:
         return
     cuda = torch.version.cuda
     yield Finding("torch", "ok", torch.__version__ + (f" (CUDA {cuda})" if cuda else " (no CUDA)"))
-    yield from _gpus(torch)
+    yield from guarded("GPUs", _devices, "run nvidia-smi; if it fails as well, mend the driver")
+
+
+def _devices() -> Iterator[Finding]:
+    """What computes here."""
+    yield from importlib.import_module("beitctl.examining.devices").gpus()
     native = importlib.import_module("beitctl.engine.shard").cpu_has_bf16()
     yield Finding(
         "bf16 on the CPU", "ok", "native" if native else "no: precision 'auto' computes in fp32 there"
     )
 
 
-def _gpus(torch: Any) -> Iterator[Finding]:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        yield Finding(
-            "GPUs", "note", "none: everything runs on the CPU, slowly", "tiny and demo are made for it"
-        )
-    for index in range(count):
-        device = torch.cuda.get_device_properties(index)
-        bf16 = "bf16" if device.major >= 8 else "no bf16"
-        yield Finding(f"GPU {index}", "ok", f"{device.name}, {device.total_memory / GIB:.0f} GiB, {bf16}")
+def _numbers(measure: bool) -> Iterator[Finding]:
+    """Whether this machine computes right, how fast, and what fits it."""
+    torch = importlib.import_module("torch")
+    devices, numerics, speeds = (
+        importlib.import_module(f"beitctl.examining.{name}") for name in ("devices", "numerics", "speeds")
+    )
+    gpus: int = devices.count()
+    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    yield from numerics.checks(device)
+    yield from guarded("compiler", lambda: [devices.compiler()], "")
+    if gpus or measure:
+        yield from numerics.compiled(device)
+    yield from guarded("speeds", partial(speeds.speeds, device, measure), "end what else runs here")
+    if gpus:
+        yield from guarded("recipes", partial(_fitting, torch, gpus), "beitctl recipes check")
+
+
+def _fitting(torch: Any, gpus: int) -> Iterator[Finding]:
+    """Which of the large recipes fits the GPUs."""
+    fitting = importlib.import_module("beitctl.examining.fitting")
+    memory = min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
+    yield from fitting.fitting(gpus, memory, shutil.disk_usage(_there(runs.root().absolute())).free)
 
 
 def _machine() -> Iterator[Finding]:
@@ -111,7 +134,7 @@ def _machine() -> Iterator[Finding]:
 
 def _disk() -> Finding:
     folder = runs.root().absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    there = _there(folder)
     free = shutil.disk_usage(there).free / GIB
     if not os.access(there, os.W_OK):
         return Finding(
@@ -121,6 +144,11 @@ def _disk() -> Finding:
     return Finding(
         "runs", "note" if low else "ok", f"{folder}, {free:.0f} GiB free", "free some space" if low else ""
     )
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or the closest one above it that exists."""
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def _extras() -> Iterator[Finding]:

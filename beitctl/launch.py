@@ -5,6 +5,7 @@ torchrun does the same but turns every exit code into 1; those of beitctl mean s
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,9 @@ from beitctl.errors import SetupError, UserError
 GRACE_SECONDS = 30.0
 KILL_SECONDS = 10.0
 POLL_SECONDS = 0.05
+BY_TORCHRUN = ("LOCAL_WORLD_SIZE", "WORLD_SIZE")
+BY_SLURM = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS")
+"""Variables that say how many processes there are on a machine, the best first; Slurm writes ``8(x2)``."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -32,17 +36,34 @@ def needed(gpus: int, env: Mapping[str, str]) -> bool:
     """Whether this process has to start ``gpus`` others; checks the number.
 
     Raises:
-        UserError: ``gpus`` is below 1.
+        UserError: ``gpus`` is below 1, or not what torchrun or Slurm has started here.
         SetupError: more than the machine has.
     """
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: must be at least 1")
-    if "WORLD_SIZE" in env or world(env) > 1 or gpus == 1:
+    if gpus == 1:
+        return False
+    if "WORLD_SIZE" in env or world(env) > 1:
+        _agree(gpus, env)
         return False
     present = _gpus(env)
     if 0 < present < gpus:
         raise SetupError(f"--gpus {gpus}: this machine offers {present}; use --gpus {present} or less")
     return True
+
+
+def _agree(gpus: int, env: Mapping[str, str]) -> None:
+    """Refuse --gpus where somebody has started another number of processes on this machine."""
+    names = BY_TORCHRUN if "WORLD_SIZE" in env else BY_SLURM
+    name = next(name for name in names if name in env)
+    started = re.match(r"\d*", env[name])
+    if started is None or started.group() == str(gpus):
+        return
+    who = "Slurm" if name.startswith("SLURM") else "torchrun"
+    raise UserError(
+        f"--gpus {gpus}: {who} has started these processes, {name}={env[name]}; leave --gpus out, or let "
+        f"{who} start {gpus} on each machine"
+    )
 
 
 def _gpus(env: Mapping[str, str]) -> int:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from beitctl import failures, runs
+from beitctl import drift, failures, runs
 from beitctl.api import Job
 from beitctl.data import opening
 from beitctl.errors import DataError, RecipeError, UserError
@@ -63,6 +63,8 @@ class Options:
     json: bool = False
     quiet: bool = False
     command: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    """What the run in ``out`` may differ in from how it began: keys of settings, ``data``, ``torch``."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Ticket:
     resume: bool = False
     id: str = ""
     inputs: dict[str, str] = field(default_factory=dict)
+    drift: list[dict[str, Any]] = field(default_factory=list)
+    """What has changed since the run began, see ``beitctl.drift.records``."""
 
 
 @dataclass
@@ -107,8 +111,6 @@ class Pipeline:
     def everything(self, until: str | None = None) -> None:
         """Run all tables in order, up to and including ``until``, except those that are done."""
         keys = list(self.recipe.tables)
-        if until is not None and until not in keys:
-            raise UserError(f"--until {until}: {self.recipe.name} has the tables {', '.join(keys)}")
         keys = keys[: keys.index(until) + 1] if until else keys
         with opening.once():
             self._check_data(keys)
@@ -194,11 +196,9 @@ class Pipeline:
         parents = {key: self._parent(key) for key in table.references}
         identity = runs.identify(table, parents)
         exact = self.options.out if wanted else None
-        if exact is not None:
-            run = self._exact(exact, table, identity, parents)
-        else:
-            run = self._usual(table, identity, wanted)
-        if run is not None and run.ok:
+        run = self._exact(exact, table) if exact is not None else self._usual(table, identity, wanted)
+        changed = self._changed(run, table, identity, parents) if run is not None else []
+        if run is not None and run.ok and not changed:
             return Ticket(table.key, str(run.folder), run=False, id=str(run.manifest.get("id", "")))
         if run is not None:
             folder = run.folder
@@ -211,12 +211,14 @@ class Pipeline:
         facts = runs.facts(
             table, self.recipe.name, identity, parents, command=self.options.command, world=self.ranks.world
         )
+        records = drift.records(run, changed, identity) if run is not None else []
         if run is not None:
             facts["id"] = run.manifest.get("id", facts["id"])  # it stays, even if the code has changed since
+            facts["drift"] = [*run.manifest.get("drift", []), *records]
         runs.write_file(folder / "recipe.toml", self.recipe.text)
         self._place.begin(table, facts)
         inputs = {f"@{key}": str(parent.folder) for key, parent in parents.items()}
-        return Ticket(table.key, str(folder), True, run is not None, str(facts["id"]), inputs)
+        return Ticket(table.key, str(folder), True, run is not None, str(facts["id"]), inputs, records)
 
     def _parent(self, key: str) -> Run:
         run = runs.read(self.folders[key])
@@ -239,26 +241,41 @@ class Pipeline:
             return None
         return found[0]
 
-    def _exact(
-        self, folder: Path, table: StageTable, identity: Identity, parents: Mapping[str, Run]
-    ) -> Run | None:
-        """The run in the folder of --out, if there is one and it is the same."""
+    def _exact(self, folder: Path, table: StageTable) -> Run | None:
+        """The run of this table in the folder of --out, if there is one."""
         run = runs.read(folder)
         if run is None:
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"--out {folder}: is a file; name a folder")
-            if folder.is_dir() and any(path.name != runs.LOCK for path in folder.iterdir()):
+            if folder.is_dir() and any(path.name not in (runs.LOCK, runs.SLURM) for path in folder.iterdir()):
                 raise UserError(f"--out {folder}: holds files but no run; name a new or an empty folder")
+            if self.options.allow:
+                raise UserError(f"--out {folder}: holds no run that --allow could let go on; check the path")
             return None
         if not self.options.resume:
             raise UserError(
                 f"--out {folder}: holds a run already; with --no-resume name a new folder, or leave out "
                 "--no-resume to go on with it"
             )
-        runs.refuse_other(run, table, identity, parents)
-        if run.ok and run.manifest["fingerprint"] != identity.fingerprint:
-            self._say(f"{folder}: was made by another version of the code; to run again use another --out")
+        held = run.manifest["key"]
+        if held != table.key or run.manifest.get("stage") != table.stage:
+            raise UserError(f"{folder} holds a run of [{held}], not of [{table.key}]; choose another --out")
         return run
+
+    def _changed(
+        self, run: Run, table: StageTable, identity: Identity, parents: Mapping[str, Run]
+    ) -> list[drift.Change]:
+        """What has changed since a run began, all of it allowed."""
+        found = drift.changes(run, table, identity, parents)
+        exact = self.options.out is not None and run.folder == self.options.out
+        other = "undo the changes, or choose another folder with --out"
+        advice = other if exact else f"begin a new run: beitctl {table.stage} --no-resume"
+        drift.check(run, table, found, self.options.allow if exact else (), advice)
+        if exact and run.ok and not found and run.manifest["fingerprint"] != identity.fingerprint:
+            self._say(
+                f"{run.folder}: was made by another version of the code; to run again use another --out"
+            )
+        return found
 
     def _perform(self, table: StageTable, ticket: Ticket) -> None:
         """Run a stage in its folder and record how it ended."""
@@ -278,6 +295,8 @@ class Pipeline:
                 if self.ranks.main:
                     self._say(f"{table.key}: {'going on with' if ticket.resume else 'running in'} {folder}")
                     log.start(table.plugin.plan())
+                    for record in ticket.drift:
+                        log.warning("W302", *drift.told(record))
                 metrics = plain(table.plugin.run(job))
                 self.ranks.barrier()  # raises where a rank failed, which leaves instead of coming here
             except BaseException as error:

@@ -1,6 +1,7 @@
 """Run folders: where they are, what they hold, who works in them, and whether they still apply.
 
-``config_hash`` covers what a run was asked to do: stage, settings, data, and the fingerprints of its inputs.
+``config_hash`` covers what a run was asked to do: stage, settings (but those that change no result, see
+``beitctl.settings``), data, and the fingerprints of its inputs.
 ``code_hash`` covers the sources that did it; ``fingerprint`` covers both.
 """
 
@@ -22,11 +23,14 @@ from typing import Any, BinaryIO
 import tomlkit
 from pydantic import BaseModel
 
-from beitctl.errors import DataError, UserError
+from beitctl import settings
+from beitctl.errors import UserError
 from beitctl.recipe import StageTable
 
 MANIFEST = "manifest.json"
 LOCK = "lock"
+SLURM = "slurm"
+"""Folder of the logs of Slurm, in a run folder or beside them."""
 VERSIONED = ("beitctl", "torch", "timm", "datasets")
 
 
@@ -80,10 +84,10 @@ def identify(table: StageTable, parents: Mapping[str, Run]) -> Identity:
         DataError: the data of the table are missing or unreadable.
     """
     plugin: Any = table.plugin
-    settings = json.dumps(plugin.model_dump(mode="json"), sort_keys=True)
+    lasting = json.dumps(settings.lasting(plugin), sort_keys=True)
     inputs = json.dumps({key: run.manifest["fingerprint"] for key, run in parents.items()}, sort_keys=True)
     data = str(plugin.inputs_fingerprint()) if hasattr(plugin, "inputs_fingerprint") else ""
-    return Identity(digest(table.stage, settings, inputs, data), code_hash(plugin), data)
+    return Identity(digest(table.stage, lasting, inputs, data), code_hash(plugin), data)
 
 
 def code_hash(plugin: Any) -> str:
@@ -211,7 +215,7 @@ class Workplace:
             **facts,
             "status": "running",
             "exit": None,
-            "started": self.manifest.get("started") or _now(),
+            "started": self.manifest.get("started") or now(),
             "ended": None,
             "metrics": {},
         }
@@ -219,7 +223,7 @@ class Workplace:
 
     def end(self, status: str, exit: int, metrics: Any) -> None:
         """Record how the run ended."""
-        self.manifest |= {"status": status, "exit": exit, "ended": _now(), "metrics": metrics}
+        self.manifest |= {"status": status, "exit": exit, "ended": now(), "metrics": metrics}
         self._save()
 
     def close(self) -> None:
@@ -265,6 +269,7 @@ def facts(
             for key, run in parents.items()
         },
         "data": identity.data,
+        "settings": settings.lasting(table.plugin),
         "config_hash": identity.config,
         "code_hash": identity.code,
         "fingerprint": identity.fingerprint,
@@ -282,56 +287,8 @@ def resolved(table: StageTable) -> str:
     return tomlkit.dumps(nested)
 
 
-def refuse_other(run: Run, table: StageTable, identity: Identity, parents: Mapping[str, Run]) -> None:
-    """Refuse to work in a folder that holds a run of something else, saying what differs.
-
-    Raises:
-        UserError: another table, other settings or other inputs.
-        DataError: the data are not those that the run started with.
-    """
-    folder, manifest = run.folder, run.manifest
-    advice = "choose another folder with --out"
-    if manifest["key"] != table.key or manifest.get("stage") != table.stage:
-        raise UserError(f"{folder} holds a run of [{manifest['key']}], not of [{table.key}]; {advice}")
-    if manifest["config_hash"] == identity.config:
-        return
-    differences = _differences(run, table, parents)
-    if differences or manifest.get("data", "") == identity.data:
-        listed = "".join(f"\n  {line}" for line in differences) or "\n  (defaults of the stage have changed)"
-        raise UserError(f"{folder} holds a run from another recipe:{listed}\n{advice}, or undo the changes")
-    raise DataError(f"{folder}: the data are not those that this run started with; {advice}")
-
-
-def _differences(run: Run, table: StageTable, parents: Mapping[str, Run]) -> list[str]:
-    try:
-        before = tomlkit.parse((run.folder / "resolved.toml").read_text(encoding="utf-8")).unwrap()
-    except (OSError, ValueError):
-        before = {}
-    then, now = dict(_flat(before)), dict(_flat(tomlkit.parse(resolved(table)).unwrap()))
-    shown = [
-        f"{name}: was {_value(then, name)}, is {_value(now, name)}"
-        for name in sorted(then.keys() | now.keys())
-        if _value(then, name) != _value(now, name)
-    ]
-    used = {ref: str(parent.get("fingerprint")) for ref, parent in run.manifest.get("parents", {}).items()}
-    given = {f"@{key}": str(parent.manifest["fingerprint"]) for key, parent in parents.items()}
-    changed = sorted(ref for ref in used.keys() & given.keys() if used[ref] != given[ref])
-    return shown + [f"{ref}: was run {used[ref][:8]}, is run {given[ref][:8]}" for ref in changed]
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, value
-
-
-def _value(flat: Mapping[str, Any], name: str) -> str:
-    return json.dumps(flat[name], default=str) if name in flat else "not set"
-
-
-def _now() -> str:
+def now() -> str:
+    """The time, ISO 8601 in UTC."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 

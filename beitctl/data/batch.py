@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from beitctl.config import ModelConfig
-from beitctl.model.plan import BatchPlan, plan_of
+from beitctl.model.plan import BatchPlan, plan_of, with_fillers
 
 if TYPE_CHECKING:
     from beitctl.api import Item
@@ -107,8 +107,14 @@ class Portion:
     """(sequences of the items, layers, 2) float32."""
 
 
-def collate(portions: Sequence[Portion], config: ModelConfig) -> Batch:
-    """Pack the items of all objectives into one batch."""
+def collate(portions: Sequence[Portion], config: ModelConfig, multiple: int = 1) -> Batch:
+    """Pack the items of all objectives into one batch.
+
+    Args:
+        portions: the items, by objective.
+        config: shape of the model.
+        multiple: what both text segments have a multiple of rows of, by fillers; 1: there are none.
+    """
     order = {layout: [p for p in portions if p.layout == layout] for layout in LAYOUTS}
     alone = order["image"] + order["dual"]
     texts = order["text"] + order["dual"]
@@ -118,6 +124,8 @@ def collate(portions: Sequence[Portion], config: ModelConfig) -> Batch:
         [len(_text(item)) for p in order["pair"] for item in p.items],
         [len(_text(item)) for p in texts for item in p.items],
     )
+    if multiple > 1 and config.vocabulary:
+        plan = with_fillers(plan, multiple)
     pictured = alone + order["pair"]
     written = order["pair"] + texts
     firsts = (_offsets(pictured), _offsets(written))
@@ -130,9 +138,9 @@ def collate(portions: Sequence[Portion], config: ModelConfig) -> Batch:
         )
         if config.mask_token
         else None,
-        ids=_flat([_text(item) for p in written for item in p.items]),
+        ids=_ids(order["pair"], texts, plan),
         groups={p.name: _group(p, plan, firsts, config.prefix, places[p.name]) for p in portions},
-        keep=_keep(alone, order["pair"], texts),
+        keep=_keep([*alone, *order["pair"]], texts, plan),
         code_views=code_views,
     )
 
@@ -220,9 +228,19 @@ def _text(item: "Item") -> Any:
     return np.zeros(0, np.int64) if item.text is None else item.text
 
 
-def _keep(alone: Sequence[Portion], pairs: Sequence[Portion], texts: Sequence[Portion]) -> Tensor | None:
+def _ids(pairs: Sequence[Portion], texts: Sequence[Portion], plan: BatchPlan) -> Tensor:
+    """Ids of the rows of C and D, 0 at fillers."""
+    behind_pairs, behind_texts = (np.zeros(rows, np.int64) for rows in plan.fillers or (0, 0))
+    of_pairs, alone = ([_text(item) for p in portions for item in p.items] for portions in (pairs, texts))
+    return _flat([*of_pairs, behind_pairs, *alone, behind_texts])
+
+
+def _keep(pictured: Sequence[Portion], texts: Sequence[Portion], plan: BatchPlan) -> Tensor | None:
     """Scales of all sequences in the order of the plan; the text of a ``dual`` item shares its picture's."""
-    parts = [p.keep for p in [*alone, *pairs, *texts] if p.keep is not None]
-    if not parts:
+    parts = [[p.keep for p in portions if p.keep is not None] for portions in (pictured, texts)]
+    if not parts[0] + parts[1]:
         return None
-    return torch.from_numpy(np.ascontiguousarray(np.concatenate(parts).transpose(1, 2, 0)))
+    first = (parts[0] + parts[1])[0]
+    filler = [np.ones((1, *first.shape[1:]), first.dtype)] * (plan.fillers is not None)
+    found = np.concatenate([*parts[0], *filler, *parts[1], *filler])
+    return torch.from_numpy(np.ascontiguousarray(found.transpose(1, 2, 0)))

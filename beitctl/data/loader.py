@@ -112,8 +112,12 @@ def drawn(stream: Stream, position: int, seed: int) -> "tuple[str, Item, list[tu
 class StepData(Dataset[list[Batch]]):
     """The batches of any step, by its number."""
 
-    def __init__(self, streams: Sequence[Stream], model: ModelConfig, seed: int, place: Place) -> None:
+    def __init__(
+        self, streams: Sequence[Stream], model: ModelConfig, seed: int, place: Place, multiple: int = 1
+    ) -> None:
+        """Batches of some streams; ``multiple`` as of ``collate``."""
         self.streams, self.model, self.seed, self.place = streams, model, seed, place
+        self.multiple = multiple
         self.passes = place.passes(sum(stream.samples for stream in streams))
         self.rates = np.linspace(0.0, model.drop_path, model.layers)
 
@@ -135,7 +139,7 @@ class StepData(Dataset[list[Batch]]):
                 problems += bad
             keep = np.stack(keeps) if keeps and self.model.drop_path else None
             portions.append(Portion(stream.name, stream.task.layout, items, keep))
-        batch = collate(portions, self.model)
+        batch = collate(portions, self.model, self.multiple)
         return replace(batch, samples=tuple(samples), problems=tuple(problems))
 
     def _keep(self, stream: Stream, position: int) -> np.ndarray[Any, Any]:

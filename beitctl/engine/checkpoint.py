@@ -5,35 +5,30 @@ load it), DCP's index ``.metadata`` and ``manifest.json``. It is written as ``st
 when every rank has its files on disk. What does not match its manifest is renamed ``step-00000500.corrupt``.
 """
 
-import errno
-import hashlib
-import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from beitctl.engine import dcp
+from beitctl.engine import dcp, files, manifest
+from beitctl.engine.agreement import Together
 from beitctl.engine.dist import Ranks
-from beitctl.errors import BeitctlError, CapacityError, DataError, UserError
+from beitctl.engine.pieces import Memory, Piece, pieces_of
+from beitctl.engine.retention import Kept
+from beitctl.engine.sums import HALF, added, own_sum
+from beitctl.engine.writing import Writing, check_order
+from beitctl.errors import CapacityError, DataError, DivergedError, UserError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-"""Error numbers that mean: no more space."""
-ERRORS: dict[str, type[BeitctlError]] = {
-    kind.__name__: kind for kind in (UserError, DataError, CapacityError, BeitctlError)
-}
-
-T = TypeVar("T")
+Done = Callable[[int, Path, float], None]
+"""Called with the step, the folder and the seconds of a checkpoint that was written in the background."""
 
 
 @dataclass(frozen=True)
@@ -47,245 +42,201 @@ class Found:
     """What ``save`` was given."""
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A save in the background."""
+
+    step: int
+    done: Done
+    begun: float
+    warnings: list[str] = field(default_factory=list)
+
+
 class Checkpoints:
     """The checkpoints of one run; every method is called by all ranks, and fails on all or on none.
 
-    ``keep`` newest are kept. ``warn`` hears of what is left aside, on rank 0.
+    ``keep`` newest are kept, and of each period of ``keep_every_hours`` the first (0: none). ``warn`` hears
+    on rank 0 of what is left aside and of saves in the background that failed.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int, warn: Callable[[str], None]) -> None:
-        self.folder, self.ranks, self.keep, self.warn = folder, ranks, max(1, keep), warn
+    def __init__(
+        self, folder: Path, ranks: Ranks, keep: int, warn: Callable[[str], None], *,
+        keep_every_hours: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.ranks = ranks
+        self._kept = Kept(folder, max(1, keep), keep_every_hours)
+        self._warn: Callable[[str], None] = warn if ranks.main else lambda text: None
+        self._together = Together(ranks, folder)
+        self._memory = Memory(ranks.device)
+        self._worker = ThreadPoolExecutor(1, "checkpoint", _use_device, (ranks.device,))
+        self._background: Ranks | None = None
+        self._flight: tuple[_Flight, Future[tuple[Path, float]]] | None = None
+        self._diverged: DivergedError | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> Path:
         """Write a checkpoint and drop the oldest; returns its folder. Earlier ones survive any failure.
 
+        A save in the background is waited for first.
+
         Raises:
-            CapacityError: the disk is full, or will be.
+            CapacityError: the disk is full, or will be, even after all but the last checkpoint were deleted.
+            DivergedError: ranks hold different values of the same tensor.
             UserError: the folder cannot be written, or holds a checkpoint of this step or a later one.
         """
-        path = self.folder / f"step-{step:08d}"
-        draft = path.with_name(f"{path.name}.tmp")
-        self._on_main(lambda: self._prepare(step, draft, tensors))
-        try:
-            shards = self._everywhere(lambda: self._write(draft, tensors))
-            files = {name: entry for shard in shards for name, entry in shard.items()}
-            self._on_main(lambda: self._commit(draft, path, step, meta, files))
-        except BaseException:
+        self.settle(wait=True)
+        return Writing(self.ranks, self._kept, self._warn).write(step, pieces_of(tensors, self.ranks), meta)
+
+    def begin(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], done: Done) -> None:
+        """Copy tensors to host memory, and write them in the background; an earlier save is waited for.
+
+        When this returns, the tensors may change. What then fails is a warning, and training goes on;
+        ``settle`` calls ``done`` if nothing does.
+
+        Raises:
+            DivergedError: ranks held different values of the same tensor at the save before.
+            UserError: the folder holds a checkpoint of this step or a later one.
+        """
+        self.settle(wait=True)
+        flight = _Flight(step, done, time.monotonic())
+        copies: list[Piece] = []
+
+        def stage() -> None:
             if self.ranks.main:
-                shutil.rmtree(draft, ignore_errors=True)
-            raise
-        return path
+                with contextlib.suppress(OSError):  # a folder that cannot be listed now may be when writing
+                    check_order(self._kept, step)
+            copies.extend(self._memory.copied(pieces_of(tensors, self.ranks)))
+
+        try:
+            self._together.everywhere(stage)
+        except CapacityError as error:
+            self._tell_failure(step, error)
+            return
+        if self._background is None:
+            self._background = self.ranks.background()
+        writing = Writing(self._background, self._kept, flight.warnings.append)
+
+        def write() -> tuple[Path, float]:
+            path = writing.write(step, copies, meta)
+            return path, time.monotonic() - flight.begun
+
+        self._flight = (flight, self._worker.submit(write))
+
+    def settle(self, wait: bool = False) -> None:
+        """Report a save in the background that has ended: ``done``, or a warning.
+
+        Without ``wait`` ranks may report the same save at different steps, so no rank may do more than tell.
+
+        Args:
+            wait: whether to wait for one in flight.
+
+        Raises:
+            DivergedError: with ``wait``, if ranks held different values of the same tensor.
+        """
+        if self._flight and (wait or self._flight[1].done()):
+            (flight, future), self._flight = self._flight, None
+            self._report(flight, future)
+        if wait and self._diverged:
+            diverged, self._diverged = self._diverged, None
+            raise diverged
 
     def newest(self) -> Found | None:
         """The newest checkpoint whose every file is as it was written; others are renamed ``.corrupt``.
 
+        Rank 0 decides, and the others wait until their file system shows it.
+
         Raises:
             DataError: there are checkpoints, but none is whole.
+            UserError: a rank does not see it.
         """
-        found = self._on_main(self._scan)
-        return Found(found["step"], Path(found["path"]), found["meta"]) if found else None
+        self.settle(wait=True)
+        found = self._together.on_main(self._scan)
+        if found is None:
+            return None
+        path = Path(found["path"])
+        self._together.everywhere(lambda: self._await(path, found["files"]))
+        return Found(found["step"], path, found["meta"])
 
     def load(self, found: Found, tensors: Mapping[str, Tensor]) -> None:
         """Fill tensors in place; the number of ranks may differ from that of the run which saved them.
 
         Raises:
             UserError: names, shapes or dtypes are not those of the checkpoint.
-            DataError: its index names code, or its files changed since they were verified.
+            DataError: its index names code, its files changed since they were verified, or the tensors are
+                not those that were saved.
         """
         indexes: list[Metadata] = []
 
         def check() -> None:
             indexes.append(dcp.index_of(found.path, tensors))
 
-        self._everywhere(check)
-        self._everywhere(lambda: dcp.read(found.path, indexes[0], tensors))
+        self._together.everywhere(check)
+        self._together.everywhere(lambda: dcp.read(found.path, indexes[0], tensors))
+        pieces = pieces_of(tensors, self.ranks)
+        own: list[int] = []
+        self._together.everywhere(lambda: own.extend(own_sum(piece) for piece in pieces))
+        totals = added(own, self.ranks)
+        self._together.on_main(lambda: _compare(found, pieces, totals))
 
-    def _everywhere(self, action: Callable[[], T]) -> list[T]:
-        """What ``action`` returns on each rank, or on all ranks the first error that any rank met."""
-        outcome: dict[str, Any] = {}
+    def _report(self, flight: _Flight, future: "Future[tuple[Path, float]]") -> None:
         try:
-            outcome["value"] = action()
-        except OSError as error:
-            outcome |= _described(_translated(error, self.folder))
-        except BeitctlError as error:
-            outcome |= _described(error)
-        outcomes = self.ranks.gather_objects(outcome)
-        for rank, other in enumerate(outcomes):
-            if "error" in other:
-                where = f" (rank {rank})" if self.ranks.world > 1 else ""
-                raise ERRORS[other["error"]](other["text"] + where)
-        return [other["value"] for other in outcomes]
+            path, seconds = future.result()
+        except Exception as error:  # whatever it was, training is not to end of it
+            self._tell_failure(flight.step, error)
+            self._diverged = error if isinstance(error, DivergedError) else None
+        else:
+            flight.done(flight.step, path, seconds)
+        for text in flight.warnings:
+            self._warn(text)
 
-    def _on_main(self, action: Callable[[], T]) -> Any:
-        """What ``action`` returns on rank 0, on every rank."""
-        return self._everywhere(lambda: action() if self.ranks.main else None)[0]
-
-    def _prepare(self, step: int, draft: Path, tensors: Mapping[str, Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        later = [path.name for number, path in self._list() if number >= step]
-        if later:
-            raise UserError(
-                f"{self.folder} already holds {dcp.some(later)}, so step {step} of another run cannot be "
-                "saved there; resume that run, or use another --out"
-            )
-        for leftover in self.folder.glob("step-*.tmp"):
-            shutil.rmtree(leftover)
-        needed = int(1.3 * sum(t.numel() * t.element_size() + 2048 for t in tensors.values()))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise CapacityError(
-                f"{self.folder}: a checkpoint needs {needed / 1e9:.2f} GB of free disk, there are "
-                f"{free / 1e9:.2f} GB; make room, lower keep_checkpoints, or use another --out"
-            )
-        draft.mkdir()
-
-    def _write(self, draft: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-        """Write this rank's shard; returns size and hash of the files that it wrote."""
-        dcp.write(draft, tensors)
-        names = [path.name for path in draft.glob(f"__{self.ranks.rank}_*.distcp")]
-        return {name: _entry(draft / name) for name in names + [dcp.INDEX] * self.ranks.main}
-
-    def _commit(
-        self, draft: Path, path: Path, step: int, meta: dict[str, Any], files: dict[str, dict[str, Any]]
-    ) -> None:
-        """Seal and rename the draft; from here on it counts."""
-        absent = sorted(name for name in files if not (draft / name).is_file())
-        if absent:
-            raise UserError(
-                f"{draft} lacks {dcp.some(absent)}, written by other ranks: the folder is not shared between "
-                "the machines; use an --out that all of them see"
-            )
-        body = {
-            "format": FORMAT, "step": step, "meta": meta, "world": self.ranks.world, "files": files,
-            "torch": str(torch.__version__),
-        }  # fmt: skip
-        with (draft / MANIFEST).open("w", encoding="utf-8") as stream:
-            stream.write(_sealed(body))
-            stream.flush()
-            os.fsync(stream.fileno())
-        _sync(draft)
-        draft.rename(path)
-        _sync(self.folder)
-        self._retire()
-
-    def _retire(self) -> None:
-        """Delete all but the newest; renamed first, so that half of one never looks like a whole one."""
-        for _, path in self._list()[self.keep :]:
-            try:
-                shutil.rmtree(path.rename(path.with_name(f"{path.name}.tmp")))
-            except OSError as error:
-                self.warn(f"{path} is no longer needed but cannot be deleted: {error.strerror}")
-
-    def _list(self) -> list[tuple[int, Path]]:
-        """Step and folder of committed checkpoints, newest first."""
-        if not self.folder.is_dir():
-            return []
-        matches = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in self.folder.iterdir()]
-        return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+    def _tell_failure(self, step: int, error: Exception) -> None:
+        then = "Training goes on; the last whole checkpoint is as it was, and saving is tried again"
+        if isinstance(error, DivergedError):
+            then = "The last whole checkpoint is as it was, and the run ends"
+        self._warn(f"NO CHECKPOINT of step {step} was written: {error}. {then} when the next one is due")
 
     def _scan(self) -> dict[str, Any] | None:
-        for step, path in self._list():
-            try:
-                body = _verified(path, step)
-            except DataError as error:
-                self._set_aside(path, str(error))
-            else:
-                return {"step": body["step"], "path": str(path), "meta": body["meta"]}
-        broken = [path.name for _, path in self._list()]
-        broken += [path.name for path in self.folder.glob("step-*.corrupt")]
+        body = self._kept.newest(self._warn)
+        if body is not None:
+            path = self._kept.folder / f"step-{body['step']:08d}"
+            names = sorted([*body["files"], manifest.MANIFEST])
+            return {"step": body["step"], "path": str(path), "meta": body["meta"], "files": names}
+        broken = [path.name for _, path in self._kept.list()]
+        broken += [path.name for path in self._kept.folder.glob("step-*.corrupt")]
         if broken:
             raise DataError(
-                f"{self.folder}: no checkpoint is whole, found {dcp.some(sorted(broken))}; restore one "
+                f"{self._kept.folder}: no checkpoint is whole, found {dcp.some(sorted(broken))}; restore one "
                 "from a copy, or delete them to start anew"
             )
         return None
 
-    def _set_aside(self, path: Path, reason: str) -> None:
-        target = path.with_name(f"{path.name}.corrupt")
-        try:
-            if target.exists():
-                shutil.rmtree(target)
-            path.rename(target)
-        except OSError as error:
-            self.warn(f"{reason}; passed over (it cannot be renamed: {error.strerror})")
-        else:
-            self.warn(f"{reason}; renamed {target.name}")
+    def _await(self, path: Path, names: Sequence[str]) -> None:
+        absent = files.absent(path, names)
+        if absent:
+            raise UserError(
+                f"rank {self.ranks.rank} on {socket.gethostname()} does not see {dcp.some(absent)} in {path} "
+                f"after {files.PATIENCE:.0f} s, but rank 0 does; use an --out that all machines share"
+            )
 
 
-def _verified(path: Path, step: int) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file is as the manifest says.
-
-    Raises:
-        DataError: it is not.
-    """
-    try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-        body = json.loads(text)
-        seal = body.pop("sha256")
-        whole = _sealed(body) == text and body["step"] == step
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: {MANIFEST} cannot be read ({error!r})") from error
-    if not whole:
-        raise DataError(f"{path}: {MANIFEST} was changed: it is not that of step {step} with sha256 {seal}")
-    if body["format"] != FORMAT:
-        raise UserError(
-            f"{path} has format {body['format']}, this beitctl reads {FORMAT}; install the one that wrote it"
+def _compare(found: Found, pieces: Sequence[Piece], totals: Sequence[int]) -> None:
+    """Compare what was loaded, all replicas added up, with the checksums of the manifest."""
+    sums = manifest.read(found.path, found.step).get("sums")
+    if sums is None:
+        return  # written before checkpoints had them
+    wrong = [
+        piece.name
+        for piece, total in zip(pieces, totals, strict=True)
+        if sums[piece.name] * len(piece.holders) % HALF**2 != total
+    ]
+    if wrong:
+        raise DataError(
+            f"{found.path}: after loading, {dcp.some(wrong)} differ from what was saved, though the files "
+            "are as they were written; run the command again, and if it stays so, rename the folder to "
+            f"{found.path.name}.corrupt to go on from the checkpoint before it"
         )
-    with ThreadPoolExecutor(8) as pool:
-        for problem in pool.map(lambda item: _difference(path / item[0], item[1]), body["files"].items()):
-            if problem:
-                raise DataError(problem)
-    return dict(body)
 
 
-def _difference(path: Path, expected: dict[str, Any]) -> str:
-    """How a file differs from its entry in the manifest; empty if it does not."""
-    try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{path} has {size} bytes instead of {expected['bytes']}"
-        whole = _entry(path) == expected
-        return "" if whole else f"{path} was changed: its sha256 is not that of the manifest"
-    except PermissionError:
-        raise
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _sealed(body: Mapping[str, Any]) -> str:
-    """A manifest as text, with the hash of all the rest in it."""
-    seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**body, "sha256": seal}, sort_keys=True, indent=1)
-
-
-def _sync(folder: Path) -> None:
-    """Make names in a folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _translated(error: OSError, folder: Path) -> BeitctlError:
-    reason = error.strerror or str(error)
-    if error.errno in FULL:
-        return CapacityError(
-            f"{folder}: no space left for a checkpoint ({reason}); make room, or use another --out"
-        )
-    return UserError(
-        f"{error.filename or folder}: cannot be used for checkpoints ({reason}); make it readable and "
-        "writable, or use another --out"
-    )
-
-
-def _described(error: BeitctlError) -> dict[str, str]:
-    kind = next(name for name, known in ERRORS.items() if isinstance(error, known))
-    return {"error": kind, "text": str(error)}
+def _use_device(device: torch.device) -> None:
+    """Bind a new thread to the GPU of this rank; CUDA would take the first one otherwise."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -1,7 +1,7 @@
 """torch's distributed checkpoint (DCP), without code in its files and with errors that say what happened."""
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from beitctl.engine.pieces import Piece
 from beitctl.errors import DataError, UserError
 
 INDEX = ".metadata"
@@ -34,15 +35,28 @@ SHOWN = 10
 """Names that a message lists before it says how many more there are."""
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def write(folder: Path, pieces: Sequence[Piece], group: Any) -> None:
     """Write one shard per rank and the index; called by all ranks, and fails on all or on none.
+
+    Args:
+        folder: where to.
+        pieces: what this rank holds; of parts that several ranks hold, one rank writes each.
+        group: process group of all ranks.
 
     Raises:
         OSError: the first that any rank met.
     """
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    on_host = all(piece.local.device.type == "cpu" for piece in pieces)
+    # DCP's loader for GPU tensors would make a thread that has none wait for the GPU
+    writer = _Writer(folder, per_thread_copy_ahead=0) if on_host else _Writer(folder)
     try:
-        save(dict(tensors), storage_writer=_Writer(folder), planner=planner)
+        save(
+            {piece.name: piece for piece in pieces},
+            storage_writer=writer,
+            planner=planner,
+            process_group=group,
+        )
     except CheckpointException as error:
         raise _cause(error) from error
 
@@ -103,6 +117,14 @@ def some(names: list[str]) -> str:
     """Names for a message: the first few, and how many more."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+class _Planner(DefaultSavePlanner):
+    """DCP's planner, for pieces."""
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        piece: Piece = self.state_dict[index.fqn]
+        return piece.local
 
 
 class _Writer(FileSystemWriter):

@@ -1,5 +1,6 @@
 """Processes: who they are, and the few collectives that run on the host."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
-from beitctl.errors import SetupError
+from beitctl.engine import meeting
+from beitctl.errors import SetupError, UserError
 
 START_TIMEOUT = timedelta(minutes=5)
 """How long processes wait for one another to begin."""
@@ -31,6 +32,16 @@ class Ranks:
     world: int
     local_rank: int
     device: torch.device
+    group: Any = None
+    """Process group of the collectives; None: the one of all ranks."""
+    local_world: int = 0
+    """Ranks on this machine; ``world`` if none are given."""
+    store: Any = None
+    """Where the processes met; None where there is but one."""
+
+    def __post_init__(self) -> None:
+        if not self.local_world:
+            object.__setattr__(self, "local_world", self.world)
 
     @property
     def main(self) -> bool:
@@ -46,7 +57,7 @@ class Ranks:
         if self.world == 1:
             return list(map(float, values))
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
         found: list[float] = tensor.tolist()
         return found
 
@@ -64,23 +75,47 @@ class Ranks:
             return [json.loads(json.dumps(value))]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(data)]))
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self.group)
         longest = int(max(sizes))
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(data)] = data
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world)]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self.group)
         return [
             json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)
         ]
 
-    def mesh(self) -> DeviceMesh:
-        """All ranks on one axis."""
-        return _mesh(self.device.type, self.world)
+    def background(self) -> "Ranks":
+        """The same ranks over a gloo group of their own, for a thread beside the training; all call it."""
+        if not dist.is_initialized():
+            return self
+        return dataclasses.replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
-    @staticmethod
-    def stop() -> None:
-        """Leave the process group, if this process is in one."""
+    def mesh(self, shard_ranks: int = 0) -> DeviceMesh:
+        """Ranks by who holds what: groups of ``shard_ranks`` share one copy of the weights.
+
+        Args:
+            shard_ranks: ranks in such a group; 0: those of this machine.
+
+        Returns:
+            One axis, "shard", if all ranks are one group; else two, "replicate" and "shard".
+
+        Raises:
+            UserError: the ranks cannot be divided into such groups.
+        """
+        shard = shard_ranks or self.local_world
+        if shard > self.world or self.world % shard:
+            allowed = [str(size) for size in range(1, self.world + 1) if self.world % size == 0]
+            raise UserError(
+                f"shard_ranks = {shard_ranks}: {self.world} ranks cannot be divided into "
+                f"groups of {shard}; allowed are {', '.join(allowed)}"
+            )
+        return _mesh(self.device.type, self.world, shard)
+
+    def stop(self) -> None:
+        """Leave the process group, if this process is in one, with all others."""
+        if self.store is not None:
+            meeting.part(self.store, self.rank, self.world)
         if dist.is_initialized():
             dist.destroy_process_group()
         start.cache_clear()
@@ -88,8 +123,10 @@ class Ranks:
 
 
 @functools.cache
-def _mesh(device: str, world: int) -> DeviceMesh:
-    return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+def _mesh(device: str, world: int, shard: int) -> DeviceMesh:
+    if shard == world:
+        return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
 @functools.cache
@@ -97,7 +134,8 @@ def start() -> Ranks:
     """Join the process group that torchrun, ``--gpus`` or Slurm describe; alone without them.
 
     Raises:
-        SetupError: the environment names a group but leaves out, or garbles, a part of it.
+        SetupError: the environment names a group but leaves out, or garbles, a part of it; ranks did not
+            arrive in time, or have other versions of what has to be the same everywhere.
     """
     place = place_from(os.environ)
     cuda = torch.cuda.is_available()
@@ -116,15 +154,20 @@ def start() -> Ranks:
         return Ranks(0, 1, 0, device)
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve
+    store = meeting.point(rank, world, START_TIMEOUT)
+    meeting.all_arrive(store, rank, world, START_TIMEOUT)
     try:
-        store, _, _ = next(iter(rendezvous("env://", rank, world, timeout=START_TIMEOUT)))
-        store.set(f"beitctl/{rank}", "here")
-        store.wait([f"beitctl/{other}" for other in range(world)], START_TIMEOUT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ.get('MASTER_ADDR', 'unset')}:{os.environ.get('MASTER_PORT', 'unset')}"
-        raise SetupError(f"rank {rank} of {world} cannot join the group at {where}: {error}") from error
-    return Ranks(rank, world, place["LOCAL_RANK"], device)
+        raise meeting.failed(rank, world, error) from error
+    local = local_world(os.environ, world)
+    return Ranks(rank, world, place["LOCAL_RANK"], device, local_world=local, store=store)
+
+
+def leave() -> None:
+    """Leave the process group, if this process has joined one with ``start``."""
+    if start.cache_info().currsize:
+        start().stop()
 
 
 def place_from(env: Mapping[str, str]) -> dict[str, int]:
@@ -145,6 +188,15 @@ def place_from(env: Mapping[str, str]) -> dict[str, int]:
         os.environ.setdefault("MASTER_PORT", str(PORTS[job % len(PORTS)]))
         return place
     return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
+
+def local_world(env: Mapping[str, str], world: int) -> int:
+    """Ranks on this machine, from the variables of torchrun or Slurm; all where they do not say."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE"):
+        given = re.match(r"\d+", env.get(name, ""))  # Slurm: 8(x64)
+        if given and int(given[0]):
+            return min(int(given[0]), world)
+    return world
 
 
 def _numbers(env: Mapping[str, str], names: Mapping[str, str]) -> dict[str, int]:

@@ -1,67 +1,126 @@
-"""Polite stops: signals and a ``stop`` file only raise a flag; the loop saves and leaves."""
+"""Watches the gradient norm: too many steps without a finite one, or one far above its usual range.
 
-import contextlib
-import os
-import signal
-import threading
-import time
-from pathlib import Path
-from types import FrameType
-from typing import Literal, Self
+Norms stay on the device until a step that is logged or saved, and are then read in one copy. What the guard
+remembers is part of every checkpoint, so that a resumed run judges as one that was never interrupted.
+"""
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-ECHO_S = 1.0
-"""A signal repeated within this time is the same request: schedulers and launchers both pass signals on."""
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor
 
-class Signals:
-    """Inside this context SIGTERM, SIGUSR1 and Ctrl-C are requests; a second one leaves at once.
+from beitctl.config import TrainConfig
 
-    A second SIGUSR1 does not: Slurm sends it as a warning, and SIGTERM when the time is up.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._flag: Literal["stop", "interrupt"] | None = None
-        self._file = folder / "stop" if folder else None
-        self._checked = 0.0
-        self._last: dict[int, float] = {}
-        self._previous: dict[int, object] = {}
-
-    @property
-    def requested(self) -> Literal["stop", "interrupt"] | None:
-        """What was asked for so far; a file called ``stop`` in the run folder asks too, and is removed."""
-        if self._flag is None and self._file and time.monotonic() - self._checked > 1:
-            self._checked = time.monotonic()
-            with contextlib.suppress(FileNotFoundError):
-                self._file.unlink()
-                self._flag = "stop"
-        return self._flag
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in STOPPING}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._previous = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        now, before = time.monotonic(), self._last.get(number)
-        self._last[number] = now
-        if before is not None and now - before > ECHO_S and number != signal.SIGUSR1:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(128 + number)
-        if self._flag is None and os.environ.get("RANK", "0") == "0":
-            text = "\nfinishing this step, then saving (once more to leave now)\n"
-            os.write(2, text.encode())  # safe inside a signal handler
-        if self._flag is None:
-            self._flag = "interrupt" if number == signal.SIGINT else "stop"
+STREAK = 3
+"""Steps in a row without a finite gradient after which a run counts as diverged."""
+MOST, WITHIN = 10, 1000
+"""So many steps without a finite gradient within so many steps count as well."""
+REMEMBERED, NEEDED = 200, 50
+"""Finite norms that a spike is compared with at most, and at least."""
+SPIKE = 8.0
+"""Deviations of the logarithm of the norm above its median that make a spike."""
+LEAST_DEVIATION = 0.1
+"""Smallest deviation of the logarithm that is reckoned with: a norm 2.2 times the median is never a spike."""
+QUIET = 100
+"""Steps after a warning of a spike without another."""
 
 
-def worker_ignores_signals(worker: int) -> None:
-    """Data-loading workers leave stopping to their parent, which a terminal signals too."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+@dataclass(frozen=True)
+class Verdict:
+    """That a run has diverged."""
+
+    step: int
+    """The last step that shows it, counted from 1."""
+    norm: float
+    """Its gradient norm."""
+    reason: str
+
+
+class Guard:
+    """The gradient norms of a run; the same on all ranks, because the norm is global."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, warn: Callable[[str], None]) -> None:
+        """No norm so far; ``warn`` hears of spikes where the settings ask for warnings."""
+        self.spikes, self.warn = config.on_spike, warn
+        self.streak = 0
+        """Steps without a finite gradient at the end of what was read."""
+        self.latest = 0.0
+        """The last norm that was read."""
+        self._unread = torch.zeros(config.log_every_steps, device=device)
+        self._count = 0
+        self._logs: deque[float] = deque(maxlen=REMEMBERED)
+        self._bad: list[int] = []
+        self._warned = -QUIET
+
+    def note(self, norm: Tensor) -> None:
+        """Keep the norm of a step, 0-d, on the device; at most ``log_every_steps`` until the next reading."""
+        self._unread[self._count].copy_(norm)
+        self._count += 1
+
+    def read(self, step: int) -> Verdict | None:
+        """Judge the norms since the last reading; ``step`` is the number of the last of them."""
+        norms = self._unread[: self._count].tolist()
+        self._count = 0
+        self.latest = norms[-1] if norms else self.latest
+        verdict = None
+        for number, norm in enumerate(norms, step - len(norms) + 1):
+            verdict = self._judge(number, norm) or verdict
+        return verdict
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"logs": list(self._logs), "bad": list(self._bad), "streak": self.streak}
+
+    def restore(self, state: Mapping[str, Any], *, forgive: bool = False) -> None:
+        """Go on from what a checkpoint held; ``forgive`` leaves the count of steps without a gradient."""
+        self._count = 0
+        self._logs = deque(state.get("logs", ()), maxlen=REMEMBERED)
+        self._bad = [] if forgive else list(state.get("bad", ()))
+        self.streak = 0 if forgive else int(state.get("streak", 0))
+
+    def _judge(self, step: int, norm: float) -> Verdict | None:
+        if not math.isfinite(norm):
+            return self._count_bad(step, norm)
+        self.streak = 0
+        log = math.log(max(norm, 1e-30))
+        deviations = self._deviations(log)
+        self._logs.append(log)
+        if self.spikes == "off" or deviations <= SPIKE:
+            return None
+        usual = math.exp(statistics.median(self._logs))
+        text = (
+            f"gradient norm {norm:.4g} at step {step}, usual are {usual:.4g} "
+            f"({deviations:.0f} deviations over the last {len(self._logs)} steps)"
+        )
+        if self.spikes == "rollback":
+            return Verdict(step, norm, text)
+        if step - self._warned >= QUIET:
+            self._warned = step
+            self.warn(text)
+        return None
+
+    def _count_bad(self, step: int, norm: float) -> Verdict | None:
+        self.streak += 1
+        self._bad = [number for number in self._bad if number > step - WITHIN] + [step]
+        if self.streak >= STREAK:
+            return Verdict(
+                step, norm, f"no finite gradient in {self.streak} steps in a row up to step {step}"
+            )
+        if len(self._bad) >= MOST:
+            return Verdict(
+                step, norm, f"no finite gradient in {len(self._bad)} of {WITHIN} steps up to step {step}"
+            )
+        return None
+
+    def _deviations(self, log: float) -> float:
+        """How far a norm's logarithm lies above the median, in robust deviations; 0 with too few to tell."""
+        if len(self._logs) < NEEDED:
+            return 0.0
+        middle = statistics.median(self._logs)
+        spread = 1.4826 * statistics.median(abs(other - middle) for other in self._logs)
+        return (log - middle) / max(spread, LEAST_DEVIATION)

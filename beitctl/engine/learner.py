@@ -1,5 +1,6 @@
 """What is trained: the model with the heads of its objectives, one forward pass for all of them."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from beitctl.config import ModelConfig
+from beitctl.engine import operations
+from beitctl.model.flops import of_pass
 from beitctl.model.multiway import Encoded, Multiway, Packed
 
 if TYPE_CHECKING:
@@ -39,15 +42,21 @@ class Objective:
         return f"{self.name}.{short}" if short else self.name
 
 
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(c, 1, 1) one number a channel; copied to a device once, for a copy waits for its work."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
 def normalise(pixels: Tensor, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """(n, 3, H, W) uint8 to fp32 with the given channel means and deviations."""
-    mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] * 255 for x in mean_std)
+    mean, std = (_channels(values, pixels.device) * 255 for values in mean_std)
     return (pixels.float() - mean) / std
 
 
 def raw(pixels: Tensor, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """(n, 3, H, W) normalised pixels back to 0..1."""
-    mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in mean_std)
+    mean, std = (_channels(values, pixels.device) for values in mean_std)
     return pixels * std + mean
 
 
@@ -70,8 +79,11 @@ class MultiwayLearner(nn.Module):
         self.model = model
         self.objectives = tuple(objectives)
         heads: dict[str, nn.Module] = {}
+        self._heads_of: dict[str, tuple[str, ...]] = {}
         for objective in self.objectives:
-            for name, head in objective.task.heads(tools[objective.name]).items():
+            own = objective.task.heads(tools[objective.name])
+            self._heads_of[objective.name] = tuple(own)
+            for name, head in own.items():
                 heads.setdefault(name, head)
         self.heads = nn.ModuleDict(heads)
         self._coder: list[Callable[[Tensor], Tensor]] = []
@@ -148,3 +160,17 @@ class MultiwayLearner(nn.Module):
             for objective in self.objectives
             for short, term in objective.task.terms().items()
         }
+
+    def flops(self, batch: "Batch") -> float:
+        """Useful operations of a forward and a backward pass over a batch, counted from its plan.
+
+        Padding and what is computed twice are left out, and so are frozen teachers and image tokenizers;
+        parameters that are frozen count as if they were trained.
+        """
+        config = self.model.config
+        total = of_pass(config, batch.plan)
+        for objective in self.objectives:
+            heads = {name: self.heads[name] for name in self._heads_of[objective.name]}
+            group = batch.groups[objective.name]
+            total += operations.of_task(objective.task, config, batch.plan, group, heads)
+        return float(total.training)

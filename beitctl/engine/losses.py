@@ -6,20 +6,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+MOST_LOGITS = 2**28
+"""Logits that are in memory at once, 1 GiB in fp32; with more they are computed in chunks, twice."""
 
 
-def masked_cross_entropy(rows: Tensor, targets: Tensor, head: nn.Module) -> tuple[Tensor, Tensor]:
+def masked_cross_entropy(
+    rows: Tensor, targets: Tensor, head: nn.Module, most: int = MOST_LOGITS
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the rows that are predicted, evaluated nowhere else.
 
     Args:
         rows: (m, d) encoded rows, already gathered.
         targets: (m,) ids.
         head: (m, d) to (m, V) logits.
+        most: logits above which rows go through the head in chunks that keep no logits for the backward pass.
 
     Returns:
         Sum of the losses in fp32 and number of right predictions, both 0-d. With m = 0 both are 0 and the
         head still takes part in the graph, which FSDP needs.
     """
+    classes = max((len(parameter) for parameter in head.parameters()), default=1)
+    if rows.shape[0] * classes <= most:
+        return _cross_entropy(rows, targets, head)
+    size = max(1, most // classes)
+    parts = [
+        checkpoint(_cross_entropy, *part, head, use_reentrant=False)
+        for part in zip(torch.split(rows, size), torch.split(targets, size), strict=True)
+    ]
+    losses, hits = zip(*parts, strict=True)
+    return torch.stack(losses).sum(), torch.stack(hits).sum()
+
+
+def _cross_entropy(rows: Tensor, targets: Tensor, head: nn.Module) -> tuple[Tensor, Tensor]:
     logits = head(rows).float()
     total = F.cross_entropy(logits, targets, reduction="sum")
     return total, (logits.detach().argmax(-1) == targets).sum()

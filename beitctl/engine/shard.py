@@ -37,36 +37,82 @@ def cpu_has_bf16() -> bool:
     return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
-def sharded(build: Callable[[], nn.Module], ranks: Ranks, precision: str, initial: Initial) -> Any:
-    """Build a module on the meta device, shard it over all ranks and give every parameter its value.
+def sharded(
+    build: Callable[[], nn.Module], ranks: Ranks, precision: str, initial: Initial, *,
+    prepare: Callable[[nn.Module, torch.dtype], None] = lambda module, dtype: None, shard_ranks: int = 0,
+) -> Any:  # fmt: skip
+    """Build a module on the meta device, shard it over the ranks and give every parameter its value.
 
     One FSDP2 unit per block and one for the rest. Gradients are summed over ranks, not averaged: the loop
     divides losses by global counts. Buffers keep the value that ``reset_buffers`` of their module gives them.
 
+    Args:
+        build: makes the module.
+        ranks: all processes.
+        precision: a recipe's ``precision``.
+        initial: value of every parameter.
+        prepare: called with the module and its compute type before it is sharded.
+        shard_ranks: ranks that share one copy of the state; 0: those of one machine.
+
     Raises:
-        ValueError: ``initial`` knows no value for a parameter.
+        ValueError: ``initial`` knows no value for a parameter, or a module cannot be sharded or begun.
     """
     with torch.device("meta"):
         module = build()
+    _check(module)
     dtype = compute_dtype(precision, ranks.device)
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    mesh = ranks.mesh()
+    prepare(module, dtype)
+    mesh = ranks.mesh(shard_ranks)
     units = [m for m in module.modules() if isinstance(m, Block)]
     for unit in [*units, module]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=ranks.world > 1)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size(-1) > 1)
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+            if hasattr(unit, "set_reduce_scatter_unused_params"):  # torch 2.15; empty experts need it no more
+                unit.set_reduce_scatter_unused_params(True)
     for method in getattr(module, "entry_points", ()):
         register_fsdp_forward_method(module, method)
     module.to_empty(device=ranks.device)
     fill(module, initial)
     return module
+
+
+def last_pass(module: nn.Module, last: bool) -> None:
+    """Say before a backward pass whether it is the last one of its step.
+
+    Every pass adds up gradients inside a group of ranks that share one copy of the weights; the groups add
+    up theirs in the last pass alone. That changes when data are sent, not the gradients of the step.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_all_reduce(last)
+
+
+def _check(module: nn.Module) -> None:
+    """Refuse what FSDP2 cannot shard, and what would begin with the numbers that lie in memory.
+
+    Raises:
+        ValueError: a parameter is 0-D, or a buffer belongs to a module without ``reset_buffers``.
+    """
+    for name, parameter in module.named_parameters():
+        if not parameter.ndim:
+            raise ValueError(
+                f"parameter {name} is 0-D, which FSDP2 cannot shard; give it the shape (1,): "
+                "nn.Parameter(torch.empty(1))"
+            )
+    for name, part in module.named_modules():
+        buffers = [key for key, value in part.named_buffers(recurse=False) if value is not None]
+        if buffers and not callable(getattr(part, "reset_buffers", None)):
+            raise ValueError(
+                f"nothing gives {', '.join(f'{name}.{key}'.lstrip('.') for key in buffers)} a value: "
+                f"{type(part).__name__} needs a method reset_buffers() that fills its buffers"
+            )
 
 
 @torch.no_grad()

@@ -153,7 +153,10 @@ class Upkeep(nn.Module):
         self._pending["rows"][places] = z.gather(1, chosen[..., None].expand(-1, -1, book.width))
         if indices is not None:
             flat = indices.flatten()
-            self._pending["counts"] += torch.bincount(flat, minlength=book.codes)
+            ones = torch.ones_like(
+                flat, dtype=self._pending["counts"].dtype
+            )  # bincount would wait for the device
+            self._pending["counts"].index_add_(0, flat, ones)
             self._pending["sums"].index_add_(0, flat, z.flatten(0, 1))
 
     def unevenness(self, z: Tensor) -> Tensor:

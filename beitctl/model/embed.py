@@ -74,3 +74,24 @@ class TextEmbedding(nn.Module):
             tokens = tokens + self.position(positions)
         normed: Tensor = self.norm(tokens)
         return normed
+
+
+def unpadded(text: Tensor | None, text_pad: Tensor | None) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """Padded texts (B, S) to what a packed batch holds: (B, S) bool of real tokens, their ids, their counts.
+
+    Raises:
+        ValueError: another shape or type; a text is padding from end to end.
+    """
+    if text is None:
+        return None, None, []
+    if text.ndim != 2 or text.dtype != torch.int64:
+        raise ValueError(f"text is {tuple(text.shape)} {text.dtype}; it must be (B, S) int64")
+    if text_pad is not None and (text_pad.shape != text.shape or text_pad.dtype != torch.bool):
+        raise ValueError(
+            f"text_pad is {tuple(text_pad.shape)} {text_pad.dtype}; it must be {tuple(text.shape)} bool"
+        )
+    real = torch.ones_like(text, dtype=torch.bool) if text_pad is None else ~text_pad
+    lengths: list[int] = real.sum(1).tolist()
+    if min(lengths, default=1) < 1:
+        raise ValueError(f"text {lengths.index(0)} of the batch has no token that is not padding")
+    return real, text[real], lengths

@@ -92,7 +92,7 @@ def of_pass(
         embedded: whether pictures are embedded as well; False where the rows are there already.
     """
     d, layers = config.width, config.layers if blocks is None else blocks
-    rows = plan.tokens
+    rows = plan.real_tokens
     squares, grids = attended(plan)
     pixels = config.channels * config.patch_px**2
     return Flops(

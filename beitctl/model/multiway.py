@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitctl.config import ModelConfig
-from beitctl.model.attention import Layout, attend
-from beitctl.model.embed import TextEmbedding, VisionEmbedding
+from beitctl.model.attention import Layout, attend, attend_in_order, from_sequences, to_sequences
+from beitctl.model.embed import TextEmbedding, VisionEmbedding, unpadded
 from beitctl.model.plan import BatchPlan, plan_of
 from beitctl.model.relative import RelativeBias
 
@@ -43,8 +43,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(d, d)
 
     def project(self, x: Tensor) -> Tensor:
-        """(T, d) to queries, keys and values side by side, (T, 3d)."""
-        x = self.norm(x)
+        """(T, d) normed to queries, keys and values side by side, (T, 3d)."""
         if self.key_bias:
             qkv: Tensor = self.qkv(x)
             return qkv
@@ -87,6 +86,7 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.empty(config.width)) if scaled else None
         self.ffn_scale = nn.Parameter(torch.empty(config.width)) if scaled else None
         self.heads = config.heads
+        self.mixed = bool(config.vocabulary)
 
     def forward(
         self,
@@ -105,13 +105,28 @@ class Block(nn.Module):
             biases: biases (H, M, M) of the attention logits that all blocks share, one for each grid.
             fused: whether all sequences go through the vision-language expert, not pairs alone.
         """
-        spans = attention_spans(layout, self.attention)
-        qkv = _cat([self._attention(name).project(x[a:b]) for name, a, b in spans])
-        context = attend(qkv, layout, self.heads, biases if self.relative is None else self.relative(layout))
-        out = _cat([self._attention(name).merge(context[a:b]) for name, a, b in spans])
+        out = self._attended(x, layout, biases if self.relative is None else self.relative(layout))
         x = x + _scaled(out, self.attention_scale, keep, 0, layout)
-        out = _cat([self.ffn[name](x[a:b]) for name, a, b in ffn_spans(layout, self.ffn, fused)])
+        spans = ffn_spans(layout, self.ffn, fused)
+        out = _cat([self.ffn[name](part) for (name, _, _), part in zip(spans, _split(x, spans), strict=True)])
         return x + _scaled(out, self.ffn_scale, keep, 1, layout)
+
+    def _attended(self, x: Tensor, layout: Layout, biases: list[Tensor] | None) -> Tensor:
+        """The branch of attention, (T, d) to (T, d).
+
+        One set of projections may read rows in any order: then rows are put into the order of sequences where
+        the norm writes them and back where they are added, both of which pass over them anyway.
+        """
+        if "shared" in self.attention and layout.backend != "padded":
+            shared = self._attention("shared")
+            ordered = shared.project(to_sequences(shared.norm(x), layout))
+            return from_sequences(shared.merge(attend_in_order(ordered, layout, self.heads)), layout)
+        spans = [
+            (self._attention(name), x[a:b], a, b) for name, a, b in attention_spans(layout, self.attention)
+        ]
+        qkv = _cat([branch.project(branch.norm(rows)) for branch, rows, _, _ in spans])
+        context = attend(qkv, layout, self.heads, biases)
+        return _cat([branch.merge(context[a:b]) for branch, _, a, b in spans])
 
     def _attention(self, name: str) -> Attention:
         return cast("Attention", self.attention[name])
@@ -119,7 +134,7 @@ class Block(nn.Module):
 
 def attention_spans(layout: Layout, branches: nn.ModuleDict) -> list[Span]:
     """Rows of each set of projections; with one set, all of them."""
-    _, nv, _, total = layout.plan.cuts
+    _, nv, _, total = layout.cuts
     if "shared" in branches:
         return [("shared", 0, total)]
     return [span for span in (("vision", 0, nv), ("language", nv, total)) if span[0] in branches]
@@ -127,13 +142,18 @@ def attention_spans(layout: Layout, branches: nn.ModuleDict) -> list[Span]:
 
 def ffn_spans(layout: Layout, experts: nn.ModuleDict, fused: bool = False) -> list[Span]:
     """Rows of each expert. Every expert is named, with an empty span if need be: FSDP needs its gradients."""
-    b0, nv, b1, total = layout.plan.cuts
+    b0, nv, b1, total = layout.cuts
     if "fusion" in experts:
         b0, b1 = (0, total) if fused else (b0, b1)
         return [("vision", 0, b0), ("fusion", b0, b1), ("language", b1, total)]
     if "language" in experts:
         return [("vision", 0, nv), ("language", nv, total)]
     return [("vision", 0, total)]
+
+
+def _split(x: Tensor, spans: list[Span]) -> list[Tensor]:
+    """Rows of every span, which cover all; unlike of slices, the backward pass is one copy."""
+    return [x] if len(spans) == 1 else list(torch.split(x, [b - a for _, a, b in spans]))
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
@@ -192,6 +212,9 @@ class Encoded:
 class Multiway(nn.Module):
     """The one model."""
 
+    attention_backend = "padded"
+    """Kernel of attention, one of ``attention.BACKENDS``; the engine sets it, as it sets the device."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -213,7 +236,7 @@ class Multiway(nn.Module):
 
     def layout(self, plan: BatchPlan) -> Layout:
         """The index tensors of a plan for this model, on its device."""
-        return Layout.of(plan, self.config, self.device)
+        return Layout.of(plan, self.config, self.device, self.attention_backend)
 
     def embed(self, packed: Packed) -> Tensor:
         """Tokens of both modalities, X [T, d]."""
@@ -248,7 +271,10 @@ class Multiway(nn.Module):
         """The final norm of X [T, d], or X itself if there is none."""
         if not self.config.final_norm:
             return x
-        return _cat([self.norm[name](x[a:b]) for name, a, b in attention_spans(layout, self.norm)])
+        spans = attention_spans(layout, self.norm)
+        return _cat(
+            [self.norm[name](part) for (name, _, _), part in zip(spans, _split(x, spans), strict=True)]
+        )
 
     def encoded(self, packed: Packed, depths: Iterable[int] = ()) -> Encoded:
         """Encode a packed batch; the rows after ``depths`` blocks are kept besides the last."""
@@ -362,24 +388,3 @@ class Multiway(nn.Module):
         if not count:
             return read
         return torch.cat([read, seen] if self.config.text_first else [seen, read], dim=1)
-
-
-def unpadded(text: Tensor | None, text_pad: Tensor | None) -> tuple[Tensor | None, Tensor | None, list[int]]:
-    """Padded texts (B, S) to what a packed batch holds: (B, S) bool of real tokens, their ids, their counts.
-
-    Raises:
-        ValueError: another shape or type; a text is padding from end to end.
-    """
-    if text is None:
-        return None, None, []
-    if text.ndim != 2 or text.dtype != torch.int64:
-        raise ValueError(f"text is {tuple(text.shape)} {text.dtype}; it must be (B, S) int64")
-    if text_pad is not None and (text_pad.shape != text.shape or text_pad.dtype != torch.bool):
-        raise ValueError(
-            f"text_pad is {tuple(text_pad.shape)} {text_pad.dtype}; it must be {tuple(text.shape)} bool"
-        )
-    real = torch.ones_like(text, dtype=torch.bool) if text_pad is None else ~text_pad
-    lengths: list[int] = real.sum(1).tolist()
-    if min(lengths, default=1) < 1:
-        raise ValueError(f"text {lengths.index(0)} of the batch has no token that is not padding")
-    return real, text[real], lengths

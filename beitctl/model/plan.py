@@ -8,11 +8,15 @@ The residual stream of a batch is one buffer X of shape [T, d], modality-major, 
 Vision experts read rows [0, nv), language experts [nv, T), vision-language experts [b0, b1): plain slices.
 Attention reads sequences instead: images, then pairs (picture, then text), then texts.
 
+Fillers are rows at the ends of C and D that mean nothing: with them both segments have a multiple of so many
+rows, so that a compiled block and a GPU see few shapes. They are sequences of their own, behind those of
+their segment, and no target ever names them.
+
 Letters: P tokens of a picture (class token + patches), S sequences, M longest sequence, T rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -35,6 +39,8 @@ class BatchPlan:
     """Tokens of each text without a picture."""
     causal_text: bool = False
     """Captioning: in pairs, text sees the picture and earlier text, the picture sees no text."""
+    fillers: tuple[int, int] | None = None
+    """Filler rows at the ends of C and D."""
 
     @property
     def pairs(self) -> int:
@@ -48,28 +54,41 @@ class BatchPlan:
 
     @property
     def sequences(self) -> int:
-        """Number S of sequences."""
-        return self.images + self.pairs + len(self.text_lengths)
+        """Number S of sequences, those of fillers included."""
+        return self.images + self.pairs + len(self.text_lengths) + len(self.fillers or ())
 
     @cached_property
     def cuts(self) -> tuple[int, int, int, int]:
         """Ends b0, nv, b1, T of the four segments."""
+        after_pairs, after_texts = self.fillers or (0, 0)
         b0 = self.images * self.picture_tokens
         nv = b0 + self.pairs * self.picture_tokens
-        b1 = nv + sum(self.pair_lengths)
-        return b0, nv, b1, b1 + sum(self.text_lengths)
+        b1 = nv + sum(self.pair_lengths) + after_pairs
+        return b0, nv, b1, b1 + sum(self.text_lengths) + after_texts
 
     @property
     def tokens(self) -> int:
         """Number T of rows."""
         return self.cuts[3]
 
+    @property
+    def real_tokens(self) -> int:
+        """Rows that are no filler."""
+        return self.tokens - sum(self.fillers or ())
+
+    @property
+    def _filled(self) -> tuple[list[int], list[int]]:
+        """Sequences of fillers, by their length, behind the pairs and behind the texts."""
+        return ([], []) if self.fillers is None else ([self.fillers[0]], [self.fillers[1]])
+
     @cached_property
     def lengths(self) -> Ints:
         """(S,) tokens of every sequence."""
         picture = self.picture_tokens
         pairs = [picture + length for length in self.pair_lengths]
-        return np.array([picture] * self.images + pairs + list(self.text_lengths), dtype=np.int64)
+        behind_pairs, behind_texts = self._filled
+        found = [picture] * self.images + pairs + behind_pairs + list(self.text_lengths) + behind_texts
+        return np.array(found, dtype=np.int64)
 
     @cached_property
     def cu_seqlens(self) -> Ints:
@@ -79,26 +98,33 @@ class BatchPlan:
     @cached_property
     def text_starts(self) -> Ints:
         """Row where each text begins: those of pairs, then those alone."""
-        lengths = np.array(self.pair_lengths + self.text_lengths, dtype=np.int64)
-        return self.cuts[1] + np.cumsum(lengths) - lengths
+        of_pairs, alone = (np.array(n, dtype=np.int64) for n in (self.pair_lengths, self.text_lengths))
+        starts = self.cuts[1] + np.cumsum(of_pairs) - of_pairs, self.cuts[2] + np.cumsum(alone) - alone
+        return np.concatenate(starts)
 
     @cached_property
     def text_positions(self) -> Ints:
-        """(rows of C and D,) position of each text token in its own text, from 0."""
-        lengths = self.pair_lengths + self.text_lengths
-        return np.concatenate([np.zeros(0, np.int64), *(np.arange(n) for n in lengths)])
+        """(rows of C and D,) position of each text token in its own text, from 0; 0 of fillers."""
+        parts = [[np.arange(n) for n in lengths] for lengths in (self.pair_lengths, self.text_lengths)]
+        behind = [[np.zeros(n, np.int64) for n in lengths] for lengths in self._filled]
+        return np.concatenate([np.zeros(0, np.int64), *parts[0], *behind[0], *parts[1], *behind[1]])
 
     @cached_property
     def perm(self) -> Ints:
         """(T,) modality-major row of every token in sequence-major order."""
-        b0, _, b1, total = self.cuts
+        b0, nv, _, total = self.cuts
         picture = self.picture_tokens
         parts = [np.arange(b0)]
         for pair, length in enumerate(self.pair_lengths):
             start = self.text_starts[pair]
             parts += [b0 + pair * picture + np.arange(picture), start + np.arange(length)]
-        parts.append(np.arange(b1, total))
+        parts.append(np.arange(nv + sum(self.pair_lengths), total))
         return np.concatenate(parts).astype(np.int64)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether rows lie in the order of their sequences: where there are no pairs."""
+        return not self.pairs
 
     @cached_property
     def row_sequence(self) -> Ints:
@@ -113,14 +139,18 @@ class BatchPlan:
 
         One grid for all would pad every sequence to the longest pair.
         """
-        ends = np.cumsum([self.images, self.pairs, len(self.text_lengths)])
+        behind = len(self.fillers or ()) // 2
+        counts = [self.images, self.pairs, behind, len(self.text_lengths), behind]
+        firsts = np.cumsum([0, *counts])
         grids = []
-        for kind, first, last in zip(("image", "pair", "text"), [0, *ends[:-1]], ends, strict=True):
-            lengths = self.lengths[first:last]
+        for kind, first, count in zip(
+            ("image", "pair", "text", "text", "text"), firsts, counts, strict=False
+        ):
+            lengths = self.lengths[first : first + count]
             grid = np.full((len(lengths), int(lengths.max(initial=0))), -1, dtype=np.int64)
             filled = np.arange(grid.shape[1])[None, :] < lengths[:, None]
-            grid[filled] = self.perm[self.cu_seqlens[first] : self.cu_seqlens[last]]
-            if len(lengths):
+            grid[filled] = self.perm[self.cu_seqlens[first] : self.cu_seqlens[first + count]]
+            if count:
                 grids.append((kind, grid))
         return grids
 
@@ -141,3 +171,13 @@ class BatchPlan:
 def plan_of(picture_tokens: int, images: int, pairs: Sequence[int], texts: Sequence[int]) -> BatchPlan:
     """A plan from plain counts and lengths."""
     return BatchPlan(picture_tokens, images, tuple(map(int, pairs)), tuple(map(int, texts)))
+
+
+def with_fillers(plan: BatchPlan, multiple: int) -> BatchPlan:
+    """The plan with fillers that give C and D a multiple of so many rows, and at least two fillers each.
+
+    Two, because the compiler treats sizes 0 and 1 apart.
+    """
+    sizes = sum(plan.pair_lengths), sum(plan.text_lengths)
+    after_pairs, after_texts = (-(-(size + 2) // multiple) * multiple - size for size in sizes)
+    return replace(plan, fillers=(after_pairs, after_texts))

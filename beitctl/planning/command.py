@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from beitctl.engine.gpus import CARDS, Gpu, named
 from beitctl.errors import CapacityError, UserError
-from beitctl.planning.gpus import CARDS, Gpu, named
 
 if TYPE_CHECKING:
     from beitctl.recipe import Recipe, StageTable
@@ -42,13 +42,17 @@ def plan(  # noqa: PLR0913 - one parameter per option
     caption_tokens: Annotated[
         int, typer.Option("--caption-tokens", metavar="N", min=2, help="Mean length of a caption.")
     ] = 24,
+    exactly: Annotated[
+        bool,
+        typer.Option("--exact", help="Also count the memory tensor by tensor; takes a minute, needs no GPU."),
+    ] = False,
     require_fit: Annotated[
         bool, typer.Option("--require-fit", help="Exit with 5 if it does not fit, else it is only told.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Say what a training needs: parameters, FLOPs, memory, time, disk, network, pictures per second."""
-    from beitctl.planning import estimate, text, work
+    from beitctl.planning import estimate, exact, text, work
     from beitctl.recipe import load
 
     found = load(recipe, settings, stage="pretrain")
@@ -59,6 +63,8 @@ def plan(  # noqa: PLR0913 - one parameter per option
     made = estimate.estimate(
         found, work.work_of(found, table, caption_tokens), estimate.Asked(gpus, card, mfu)
     )
+    if exactly:
+        made["exact"] = exact.counted(recipe, settings, table.key, gpus, caption_tokens)
     sys.stdout.write(json.dumps(made) + "\n" if as_json else text.text(made))
     sys.stdout.flush()
     if require_fit and not made["memory"]["fits"]:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from beitctl.planning.gpus import CARDS, GIB, Gpu
-from beitctl.planning.memory import ENGINE, FP32, SAVED, Memory, compute_bytes, fixes, per_gpu
+from beitctl.engine.gpus import CARDS, GIB, Gpu
+from beitctl.planning.memory import FP32, MACHINE, SAVED, Memory, compute_bytes, fixes, per_gpu
 from beitctl.planning.work import Work, examples
 from beitctl.recipe import Recipe
 
@@ -15,6 +15,11 @@ CODE_BYTES = 2
 """Of one code in a token store, before compression."""
 VIEW_BYTES = 32
 """Of the crop of one view, about."""
+KEPT = {
+    "eager": "blocks that are not compiled",
+    "compiled": "compiled blocks (train.compile, on GPUs)",
+    "recompute": "blocks that run again in the backward pass (train.recompute)",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def estimate(recipe: Recipe, work: Work, asked: Asked) -> dict[str, Any]:
         "problems": _problems(work, memory, asked),
         "warnings": _warnings(work, asked),
         "fixes": list(fixes(work, asked.gpus, _limit(asked.gpu))) if asked.gpu else [],
-        "assumptions": _assumptions(work, asked),
+        "assumptions": _assumptions(work, memory, asked),
     }
 
 
@@ -101,9 +106,11 @@ def _memory(work: Work, memory: Memory, asked: Asked) -> dict[str, Any]:
         **memory.parts,
         "activations": dict(memory.activations),
         "total": totals,
-        "judged_by": ENGINE,
+        "judged_by": memory.judged_by,
+        "shard": memory.shard,
+        "copies": asked.gpus // memory.shard,
         "limit": limit,
-        "fits": None if limit is None else totals[ENGINE] <= limit,
+        "fits": None if limit is None else memory.total() <= limit,
     }
 
 
@@ -125,7 +132,7 @@ def _time(work: Work, asked: Asked) -> dict[str, Any]:
 def _disk(recipe: Recipe, work: Work) -> dict[str, Any]:
     """Bytes on disk; a new checkpoint is written before the oldest is deleted."""
     total, keep = work.sizes.parts["total"], work.train.keep_checkpoints
-    one = FP32 * total + 2 * FP32 * work.sizes.trainable
+    one = FP32 * total + (3 if work.train.ema_decay else 2) * FP32 * work.sizes.trainable
     return {
         "checkpoint": one,
         "checkpoints": one * keep,
@@ -167,15 +174,23 @@ def _loader(work: Work, asked: Asked, seconds: float | None) -> dict[str, Any]:
 
 
 def _network(work: Work, memory: Memory, asked: Asked, seconds: float | None) -> dict[str, Any]:
-    """Bytes that one GPU receives in a step: weights for forward and backward, gradients; in every pass."""
-    others = (asked.gpus - 1) / asked.gpus * memory.passes
+    """Bytes that one GPU receives in a step.
+
+    In every pass weights for forward and backward, and gradients, from its group; once a step its shard of
+    the gradients from the other groups.
+    """
+    others = (memory.shard - 1) / memory.shard * memory.passes
+    copies = asked.gpus // memory.shard
     gather = int(2 * compute_bytes(work.train.precision) * work.sizes.parts["total"] * others)
-    reduce = int(FP32 * work.sizes.trainable * others)
+    scatter = int(FP32 * work.sizes.trainable * others)
+    reduce = int(2 * FP32 * work.sizes.trainable / memory.shard * (copies - 1) / copies)
+    together = gather + scatter + reduce
     return {
         "all_gather": gather,
-        "reduce_scatter": reduce,
-        "total": gather + reduce,
-        "gigabytes_per_second": None if seconds is None else (gather + reduce) / seconds / 1e9,
+        "reduce_scatter": scatter,
+        "all_reduce": reduce,
+        "total": together,
+        "gigabytes_per_second": None if seconds is None else together / seconds / 1e9,
     }
 
 
@@ -192,6 +207,11 @@ def _problems(work: Work, memory: Memory, asked: Asked) -> list[str]:
         found.append(
             f"memory: {memory.total() / GIB:.1f} GiB a GPU, an {asked.gpu.value} has "
             f"{CARDS[asked.gpu].gib:.1f} GiB"
+        )
+    if asked.gpus % memory.shard:
+        found.append(
+            f"{asked.gpus} GPUs are no whole number of groups of {memory.shard}: set {work.key}.train."
+            "shard_ranks to a divisor"
         )
     return found + [
         f"{part.name}: a contrastive task needs samples ({part.samples}) to be a multiple of the "
@@ -211,23 +231,28 @@ def _warnings(work: Work, asked: Asked) -> list[str]:
     ]
 
 
-def _assumptions(work: Work, asked: Asked) -> list[str]:
+def _assumptions(work: Work, memory: Memory, asked: Asked) -> list[str]:
     """Everything that the figures take for granted."""
     kind = "bf16" if compute_bytes(work.train.precision) == 2 else "fp32"
     said = [
         *work.assumptions,
         "flops: products of matrices alone, without padding, nothing computed twice; norms, softmax and "
         "relative positions are left out (under 1 %)",
-        f"memory: {kind} compute, fp32 weights, gradients and moments, sharded over all GPUs; largest parts "
-        "added up though they do not meet in time; 3 GiB for CUDA, NCCL and the allocator; not measured",
-        f"memory: it fits or not by what {ENGINE} blocks keep; compiled: (8 d + 2 f) numbers a row and block",
-        "network: every pass gathers the weights twice and scatters fp32 gradients; what one GPU receives",
+        f"memory: {kind} compute, fp32 weights, gradients and moments, sharded over {memory.shard} GPUs; "
+        "largest parts added up though they do not meet in time; 3 GiB for CUDA, NCCL and the allocator; not "
+        "measured",
+        f"memory: it fits or not by what {KEPT[memory.judged_by]} keep; compiled blocks: (8 d + 2 f) numbers "
+        "a row and block, of which memory_budget keeps its share",
+        "network: every pass gathers the weights twice and scatters fp32 gradients, in a group of GPUs with "
+        "one copy; the groups add up their gradients once a step; what one GPU receives",
         f"loader: one core gives {PICTURES_PER_CORE} pictures/s (benchmarks.loader: JPEG 500 x 375, crops of "
         "224 pixels); larger pictures take more",
         f"token store: {CODE_BYTES} bytes a code and {VIEW_BYTES} a view, before compression",
     ]
     if work.frozen:
         said.append("flops and activations: frozen parameters are counted as if they were trained")
+    if not work.train.shard_ranks and asked.gpus > MACHINE:
+        said.append(f"machines have {MACHINE} GPUs each; train.shard_ranks says otherwise")
     if asked.gpu is None:
         said.append("no time, and not whether it fits: no known GPU; say --gpu " + "|".join(Gpu))
     elif kind == "fp32":

@@ -4,22 +4,21 @@ Letters: d width, f FFN width.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from beitctl.config import ModelConfig
-from beitctl.planning.gpus import GIB
+from beitctl.config import ModelConfig, TrainConfig
+from beitctl.engine.gpus import GIB
 from beitctl.planning.work import Work
 
 Saved = Literal["eager", "compiled", "recompute"]
 SAVED: tuple[Saved, ...] = ("eager", "compiled", "recompute")
 """What a forward pass keeps for the backward: what PyTorch keeps by itself; what Inductor keeps of a compiled
 block; the input of every block alone, with full activation checkpointing."""
-ENGINE: Saved = "eager"
-"""What the engine does, by which a plan fits or not."""
-SETTINGS: Mapping[Saved, str] = {}
-"""Settings of the table with which the engine does the others; it has none so far."""
-NAMES: Mapping[Saved, str] = {"compiled": "compiled blocks", "recompute": "full activation checkpointing"}
+MACHINE = 8
+"""GPUs of a machine, where a plan must assume it."""
+BUDGETS = (0.75, 0.5, 0.25, 0.1)
+"""Values of ``memory_budget`` that are tried, the cheapest first."""
 RESERVE = 3 * GIB
 """CUDA context, libraries, NCCL buffers and holes in the allocator's memory: assumed, not measured."""
 FP32 = 4
@@ -33,13 +32,29 @@ class Memory:
     parts: Mapping[str, int]
     """Without activations."""
     activations: Mapping[Saved, int]
+    judged_by: Saved
+    """What the settings make the engine keep, by which a plan fits or not."""
+    shard: int
+    """GPUs that share one copy of weights, gradients and optimizer state."""
     micro_samples: int
     """Samples of the largest forward pass, over all objectives."""
     passes: int
 
-    def total(self, saved: Saved = ENGINE) -> int:
-        """Everything together."""
-        return sum(self.parts.values()) + self.activations[saved]
+    def total(self, saved: Saved | None = None) -> int:
+        """Everything together, by default as the settings say."""
+        return sum(self.parts.values()) + self.activations[saved or self.judged_by]
+
+
+def judged(train: TrainConfig) -> Saved:
+    """What a forward pass keeps on a GPU with these settings."""
+    if train.recompute:
+        return "recompute"
+    return "eager" if train.compile == "off" else "compiled"
+
+
+def shard_of(train: TrainConfig, gpus: int) -> int:
+    """GPUs that share one copy of the states: ``shard_ranks``, or those of one machine."""
+    return min(train.shard_ranks or MACHINE, gpus)
 
 
 def compute_bytes(precision: str) -> int:
@@ -48,19 +63,20 @@ def compute_bytes(precision: str) -> int:
 
 
 def per_gpu(work: Work, gpus: int, micro_samples: int) -> Memory:
-    """Memory of one GPU when FSDP2 shards the states over all of them."""
+    """Memory of one GPU when FSDP2 shards the states over a group of GPUs, and groups hold copies."""
     passes, mine = work.share(gpus, micro_samples)
     sizes, number = work.sizes, compute_bytes(work.train.precision)
-    total = sizes.parts["total"]
-    gathered = sizes.root + 2 * sizes.block if gpus > 1 else total
+    total, shard = sizes.parts["total"], shard_of(work.train, gpus)
+    gathered = sizes.root + 2 * sizes.block if shard > 1 else total
     rows = [(each.plan.tokens, each.blocks) for each in mine.passes()]
     pixels = sum(each.plan.pictures for each in mine.passes() if each.embedded)
     pixels *= work.model.channels * work.model.size[0] * work.model.size[1]
     return Memory(
         parts={
-            "master_weights": -(-FP32 * total // gpus),
-            "moments": -(-2 * FP32 * sizes.trainable // gpus),
-            "gradients": -(-FP32 * sizes.trainable // gpus),
+            "master_weights": -(-FP32 * total // shard),
+            "moments": -(-2 * FP32 * sizes.trainable // shard),
+            "gradients": -(-FP32 * sizes.trainable // shard),
+            "average": -(-FP32 * sizes.trainable // shard) if work.train.ema_decay else 0,
             "gathered_weights": number * gathered,
             "gradient_buffers": (number + FP32) * sizes.block + number * sizes.root,
             "logits": (number + 3 * FP32) * mine.logits(),
@@ -69,9 +85,11 @@ def per_gpu(work: Work, gpus: int, micro_samples: int) -> Memory:
             "reserve": RESERVE,
         },
         activations={
-            saved: number * sum(_activations(work.model, tokens, blocks, saved) for tokens, blocks in rows)
+            saved: int(number * sum(_activations(work, tokens, blocks, saved) for tokens, blocks in rows))
             for saved in SAVED
         },
+        judged_by=judged(work.train),
+        shard=shard,
         micro_samples=mine.samples,
         passes=passes,
     )
@@ -92,10 +110,16 @@ def saved_numbers(model: ModelConfig, saved: Saved) -> int:
     return 9 * d + 2 * f + (d + f if model.norm == "sub" else 0) + (2 * d if model.layer_scale else 0)
 
 
-def _activations(model: ModelConfig, rows: int, blocks: int, saved: Saved) -> int:
-    """Numbers that all blocks keep; with recompute also what one of them makes again."""
+def _activations(work: Work, rows: int, blocks: int, saved: Saved) -> float:
+    """Numbers that all blocks keep; with recompute also what one of them makes again.
+
+    Of a compiled block ``memory_budget`` keeps a share of what is not its input.
+    """
+    model, kept = work.model, float(saved_numbers(work.model, saved))
+    if saved == "compiled":
+        kept = model.width + work.train.memory_budget * (kept - model.width)
     again = saved_numbers(model, "eager") if saved == "recompute" else 0
-    return rows * (blocks * saved_numbers(model, saved) + again)
+    return rows * (blocks * kept + again)
 
 
 def _workspace(mine: Work) -> int:
@@ -123,13 +147,29 @@ def fixes(work: Work, gpus: int, limit: int) -> Iterator[str]:
         more *= 2
     if more <= min(MOST_GPUS, work.samples):
         yield f"--gpus {more}"
-    for saved, name in NAMES.items():
-        if saved != ENGINE and now.total(saved) <= limit:
-            size = f"{name}: {now.total(saved) / GIB:.1f} GiB"
-            setting = SETTINGS.get(saved)
-            yield (
-                f"--set {work.key}.{setting}" if setting else f"{size} (the engine has no setting for it yet)"
-            )
+    said: set[str] = set()
+    for settings in _settings(work.train, gpus):
+        changed = replace(work, train=replace(work.train, **settings))
+        first = next(iter(settings))
+        if first not in said and per_gpu(changed, gpus, micro).total() <= limit:
+            said.add(first)
+            yield " ".join(f"--set {work.key}.train.{key}={_toml(value)}" for key, value in settings.items())
+
+
+def _settings(train: TrainConfig, gpus: int) -> Iterator[Mapping[str, Any]]:
+    """Settings of the training loop that take less memory than those of ``train``."""
+    if train.compile == "off":
+        yield {"compile": "auto"}
+    elif not train.recompute:
+        yield from ({"memory_budget": share} for share in BUDGETS if share < train.memory_budget)
+    if not train.recompute:
+        yield {"recompute": True} | ({"memory_budget": 1.0} if train.memory_budget < 1 else {})
+    if shard_of(train, gpus) < gpus:
+        yield {"shard_ranks": gpus}
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower()
 
 
 def _fitting(work: Work, gpus: int, limit: int, passes: int) -> int:

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from beitctl.planning.gpus import GIB
+from beitctl.engine.gpus import GIB
 
 WIDTH = 80
 UNKNOWN = "unknown"
@@ -22,6 +22,8 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield from _step(plan["step"])
     yield from _table("work of a step", _work(plan))
     yield from _table("memory of a GPU", _memory(plan["memory"]))
+    if "exact" in plan:
+        yield from _exact(plan["exact"], plan["memory"])
     yield from _table("time", _time(plan))
     yield from _table("disk", _disk(plan["disk"]))
     yield from _table("loader", _loader(plan["loader"]))
@@ -93,15 +95,36 @@ def _work(plan: Mapping[str, Any]) -> Rows:
 
 
 def _memory(memory: Mapping[str, Any]) -> Rows:
-    skipped = ("activations", "total", "judged_by", "limit", "fits")
-    rows = [(k.replace("_", " "), _gib(v)) for k, v in memory.items() if k not in skipped]
+    skipped = ("activations", "total", "judged_by", "shard", "copies", "limit", "fits")
+    groups = f"{memory['copies']:,} {'copy' if memory['copies'] == 1 else 'copies'}"
+    shared = f"{memory['shard']:,} {'GPU' if memory['shard'] == 1 else 'GPUs'}, {groups}"
+    rows = [("states shared by", shared)]
+    rows += [(k.replace("_", " "), _gib(v)) for k, v in memory.items() if k not in skipped and v]
     rows += [(f"activations, {saved}", _gib(size)) for saved, size in memory["activations"].items()]
     rows += [(f"total, {saved}", _gib(size)) for saved, size in memory["total"].items()]
     if memory["limit"] is None:
         return [*rows, ("of", UNKNOWN)]
     spare = memory["limit"] - memory["total"][memory["judged_by"]]
-    verdict = f"fits, {_gib(spare)} to spare" if memory["fits"] else f"does not fit, {_gib(-spare)} too much"
+    verdict = f"fits, {_gib(spare)} to spare" if memory["fits"] else f"does not fit, {_gib(-spare)} over"
     return [*rows, ("of", f"{_gib(memory['limit'])}: {verdict} ({memory['judged_by']})")]
+
+
+def _exact(exact: Mapping[str, Any], memory: Mapping[str, Any]) -> Iterator[str]:
+    """The count next to the estimate of blocks that are not compiled."""
+    title = "memory of a GPU, counted (uncompiled blocks, fake tensors; without the reserve)"
+    if "problem" in exact:
+        yield from _listed(title, [f"not counted: {exact['problem']}"])
+        return
+    kept = "recompute" if memory["judged_by"] == "recompute" else "eager"
+    states, peak = exact["states"], exact["peak"]
+    together = memory["total"][kept] - memory["reserve"]
+    compared = {name: (size, memory[name]) for name, size in states.items()}
+    rows = [
+        (f"at the peak: {name}", _gib(size)) for name, size in peak.items() if size and name not in states
+    ]
+    compared["all at the peak"] = (exact["total"], together)
+    rows += [(name, f"{_gib(size)}; estimate {_gib(other)}") for name, (size, other) in compared.items()]
+    yield from _table(title, [(name.replace("_", " "), value) for name, value in rows])
 
 
 def _time(plan: Mapping[str, Any]) -> Rows:
@@ -146,7 +169,8 @@ def _network(network: Mapping[str, Any]) -> Rows:
     rate = network["gigabytes_per_second"]
     return [
         ("weights", _gb(network["all_gather"])),
-        ("gradients", _gb(network["reduce_scatter"])),
+        ("gradients, in the group", _gb(network["reduce_scatter"])),
+        ("gradients, other groups", _gb(network["all_reduce"])),
         ("together", _gb(network["total"]) + ("" if rate is None else f", {rate:,.1f} GB/s to hide it")),
     ]
 

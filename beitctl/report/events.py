@@ -201,28 +201,23 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _without_overtaken(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop what steps gave that were done again after a later start.
+    """Drop what steps gave that were done again later, after a new start or a return to a checkpoint.
 
     Metric by metric, for a stage may train more than one model, each with its own steps and names.
     """
     kept = []
-    done_again: dict[str, int] = {}  # metric to the first step after any later start
-    since_start: dict[str, int] = {}
+    done_again: dict[str, int] = {}  # metric to the first step that comes later
     for record in reversed(records):
-        if record["event"] == "start":
-            for name, step in since_start.items():
-                done_again[name] = min(step, done_again.get(name, step))
-            since_start = {}
-        elif record["event"] == "step":
+        if record["event"] == "step":
             step, metrics = record.get("step"), record.get("metrics")
             if not isinstance(step, int) or not isinstance(metrics, dict):
                 continue
-            since_start |= {name: min(step, since_start.get(name, step)) for name in metrics}
             metrics = {
                 n: value for n, value in metrics.items() if n not in done_again or step < done_again[n]
             }
             if not metrics:
                 continue
+            done_again |= dict.fromkeys(metrics, step)
             record = {**record, "metrics": metrics}
         kept.append(record)
     return kept[::-1]

@@ -1,7 +1,10 @@
 """What the tests of checkpoints save, and how they compare it."""
 
+import threading
+
 import torch
 
+from beitctl.engine import dcp
 from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import Ranks
 
@@ -17,6 +20,7 @@ def tensors_of(step):
         "learner.weight": torch.nn.Parameter(weight),
         "learner.bias": torch.randn(5, generator=draw).bfloat16(),
         "learner.ids": torch.randint(0, 99, (3, 2), generator=draw),
+        "learner.mask": torch.rand(3, generator=draw) > 0.5,
         "learner.turned": torch.randn(4, 6, generator=draw).t(),
         "learner.empty": torch.zeros(0, 3),
         "optimizer.step.weight": torch.tensor(float(step)),
@@ -24,7 +28,7 @@ def tensors_of(step):
 
 
 def blank():
-    return {name: torch.full_like(tensor, 7).detach() for name, tensor in tensors_of(1).items()}
+    return {name: torch.full_like(tensor, 1).detach() for name, tensor in tensors_of(1).items()}
 
 
 def bits(tensors):
@@ -35,11 +39,11 @@ def bits(tensors):
 
 
 class Kept:
-    """A folder of checkpoints, and the warnings it gave."""
+    """A folder of checkpoints, the warnings it gave, and the steps that were saved in the background."""
 
-    def __init__(self, folder, keep=3):
-        self.warnings = []
-        self.checkpoints = Checkpoints(folder, ALONE, keep, self.warnings.append)
+    def __init__(self, folder, keep=3, **more):
+        self.warnings, self.done = [], []
+        self.checkpoints = Checkpoints(folder, ALONE, keep, self.warnings.append, **more)
         self.folder = folder
 
     def save(self, *steps):
@@ -47,5 +51,40 @@ class Kept:
             self.checkpoints.save(step, tensors_of(step), {"identity": f"run-{step}"})
         return self
 
+    def begin(self, step, tensors=None):
+        """Save a step in the background."""
+        meta = {"identity": f"run-{step}"}
+        self.checkpoints.begin(step, tensors or tensors_of(step), meta, self.note)
+
+    def note(self, step, path, seconds):
+        assert path.is_dir()
+        assert seconds > 0
+        self.done.append(step)
+
+    def settle(self):
+        self.checkpoints.settle(wait=True)
+
+    def loaded(self):
+        """Step and bits of the newest checkpoint."""
+        found = self.checkpoints.newest()
+        tensors = blank()
+        self.checkpoints.load(found, tensors)
+        return found.step, bits(tensors)
+
     def names(self):
         return sorted(path.name for path in self.folder.iterdir())
+
+
+class Gate:
+    """A disk that writes nothing until it is opened."""
+
+    def __init__(self, monkeypatch):
+        self.reached, self.open = threading.Event(), threading.Event()
+        write = dcp.write
+
+        def late(*arguments):
+            self.reached.set()
+            assert self.open.wait(30)
+            write(*arguments)
+
+        monkeypatch.setattr(dcp, "write", late)

@@ -6,10 +6,14 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+import torch
 from processes import ended, in_a_child
 from saved import Kept, bits, blank, tensors_of
 
 from beitctl.engine.dist import start
+
+pytestmark = pytest.mark.fault(1)
 
 
 def check_whole(folder):
@@ -36,11 +40,29 @@ def save_on(folder):
         Kept(folder, keep=2).save(step)
 
 
-def killed_at_random(folder, rounds):
+def save_on_in_the_background(folder):
+    """The same, beside a training that spoils every tensor as soon as it may."""
+    start()
+    step = check_whole(folder)
+    (folder.parent / "saving").touch()
+    kept = Kept(folder, keep=2)
+    while True:
+        step += 1
+        tensors = tensors_of(step)
+        kept.begin(step, tensors)
+        with torch.no_grad():
+            for tensor in tensors.values():
+                tensor.zero_()
+
+
+WAYS = {"at once": save_on, "in the background": save_on_in_the_background}
+
+
+def killed_at_random(folder, way, rounds):
     folder, draw = Path(folder), random.Random(0)
     reached = [0]
     for _ in range(rounds):
-        child = in_a_child(lambda: save_on(folder))
+        child = in_a_child(lambda: WAYS[way](folder))
         while not (folder.parent / "saving").exists():
             time.sleep(0.001)
         (folder.parent / "saving").unlink()
@@ -51,8 +73,10 @@ def killed_at_random(folder, rounds):
     return reached
 
 
-def test_after_kill_9_at_any_time_the_newest_is_whole_and_none_is_lost(on_ranks, tmp_path):
-    (reached,) = on_ranks(killed_at_random, 1, tmp_path / "checkpoints", 25)
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("way", WAYS)
+def test_after_kill_9_at_any_time_the_newest_is_whole_and_none_is_lost(on_ranks, tmp_path, way):
+    (reached,) = on_ranks(killed_at_random, 1, tmp_path / "checkpoints", way, 20)
     assert reached == sorted(reached)
     assert reached[-1] >= 5, "too few saves for a meaningful test"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from beitctl.engine import files
 from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import start
 
@@ -47,6 +48,7 @@ def load_as_ranks(folder):
     return [found.step, found.meta, values]
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
 def test_another_number_of_ranks_loads_the_same_bits(on_ranks, tmp_path, before, after):
     saved = on_ranks(save_as_ranks, before, tmp_path / "checkpoints", 5)
@@ -66,6 +68,7 @@ def fail_as_ranks(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     ranks.barrier()
     heard.append(sorted(path.name for path in Path(folder).iterdir()))
+    ranks.barrier()
     other = {**sharded(ranks, 1), **({"extra": torch.zeros(1)} if ranks.rank == 1 else {})}
     heard.append(outcome(lambda: checkpoints.load(checkpoints.newest(), other)))
     checkpoints.save(3, sharded(ranks, 3), {})
@@ -82,6 +85,7 @@ def outcome(action):
     return "fine"
 
 
+@pytest.mark.fault(3)
 def test_a_failure_of_one_rank_is_an_error_on_all_and_saving_goes_on(on_ranks, tmp_path):
     heard = on_ranks(fail_as_ranks, 2, tmp_path / "checkpoints")
     assert heard[0] == heard[1]
@@ -95,6 +99,7 @@ def test_a_failure_of_one_rank_is_an_error_on_all_and_saving_goes_on(on_ranks, t
 
 
 def save_apart(folder):
+    files.PATIENCE = 0.1
     ranks = start()
     own = Path(folder) / str(ranks.rank)
     text = outcome(lambda: Checkpoints(own, ranks, 3, print).save(1, sharded(ranks, 1), {}))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.fault(9)
 DRIVER = """\
 import os
 import signal

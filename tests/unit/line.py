@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from small import ALONE, training
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from beitctl.engine.loop import Session, train
+from beitctl.engine.loop import train
+from beitctl.engine.session import Session
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,11 @@ class Points:
 
     x: torch.Tensor
     problems: tuple = ()
+    index: int | None = None
 
     @property
     def samples(self):
-        return tuple(map(str, self.x.tolist()))
+        return tuple(map(str, self.x.tolist() if self.index is None else [self.index]))
 
     def to(self, device):
         return replace(self, x=self.x.to(device))
@@ -55,6 +58,44 @@ class Steps:
         return [Points(torch.tensor(points), bad if i == 0 else ()) for i, points in enumerate(passes)]
 
 
+class Numbered:
+    """One pass a step, of which the data index can be told; those of ``bad`` have no finite gradient."""
+
+    def __init__(self, bad=(), high=()):
+        self.bad, self.high = bad, high
+
+    def __getitem__(self, index):
+        worst = float("inf") if index in self.bad else 1000.0 if index in self.high else 1.0
+        return [Points(torch.tensor([worst]), index=index)]
+
+
+class Heard:
+    """What a session warns of: (code, text)."""
+
+    def __init__(self):
+        self.said = []
+
+    def __call__(self, code, text, fix):
+        assert fix
+        self.said.append((code, text))
+
+    @property
+    def texts(self):
+        return [text for _, text in self.said]
+
+    def codes(self):
+        return [code for code, _ in self.said]
+
+
+def alike(ranks, line=None, shard_ranks=0):
+    """A line that is sharded over all ranks, or replicated, so that they learn from one another."""
+    line = line or Line()
+    fully_shard(line, mesh=ranks.mesh(shard_ranks))
+    line.set_gradient_divide_factor(1.0)
+    line.set_force_sum_reduction_for_comms(True)
+    return line
+
+
 def run(folder, data=None, *, session=None, learner=None, steps=3, **settings):
     """Train; returns the steps with the weight after each."""
     learner = learner or Line()
@@ -63,8 +104,12 @@ def run(folder, data=None, *, session=None, learner=None, steps=3, **settings):
     found = []
     with closing(train(learner, data or Steps(), training(steps, **settings), Session(**given))) as running:
         for step in running:
-            found.append((step, learner.w.item()))
+            found.append((step, whole(learner.w).sum().item()))
     return found
+
+
+def whole(weight):
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def saved(folder):

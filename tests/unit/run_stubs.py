@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from beitctl import cli, registry
+from beitctl import cli, registry, running
 from beitctl.api import Plugin
 from beitctl.errors import DivergedError, Stopped, UserError
 
@@ -91,11 +91,18 @@ def place(monkeypatch, tmp_path):
     """An empty working folder with the recipe ``r.toml``, and the stages above instead of those installed."""
     install(monkeypatch, STAGES)
     monkeypatch.chdir(tmp_path)
-    for name in ("BEITCTL_RUNS", "BEITCTL_RECIPES", "WORLD_SIZE", "RANK", "SLURM_PROCID"):
+    for name in (
+        "BEITCTL_RUNS",
+        "BEITCTL_RECIPES",
+        "WORLD_SIZE",
+        "RANK",
+        "SLURM_PROCID",
+        "SLURM_JOB_END_TIME",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BEITCTL_DEBUG", "")
-    monkeypatch.setattr(cli, "_write_page", lambda folder: (folder / "report.html").write_text("page"))
-    monkeypatch.setattr(cli, "_write_pipeline_page", lambda folder, runs: write_pages(folder, runs))
+    monkeypatch.setattr(running, "write_page", lambda folder: (folder / "report.html").write_text("page"))
+    monkeypatch.setattr(running, "write_pipeline_page", write_pages)
     Path("r.toml").write_text(TEXT)
     return tmp_path
 

@@ -1,5 +1,7 @@
 """Items of several objectives in one packed batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -121,6 +123,29 @@ def test_scales_of_stochastic_depth_follow_the_sequences_and_dual_halves_share_t
     keep = collate([words, pair, dual, pictures], SMALL).keep
     assert keep.shape == (3, 2, 10)
     assert keep[2, 1].tolist() == [30, 31, 20, 21, 10, 11, 0, 1, 20, 21]
+
+
+WORDS = replace(SMALL, vocabulary=40, text_tokens=5)
+
+
+def test_fillers_stand_behind_the_texts_of_both_segments_and_no_target_names_them():
+    batch, filled = collate(PORTIONS, WORDS), collate(PORTIONS, WORDS, 8)
+    assert filled.plan.fillers == (4, 2)
+    assert filled.ids.tolist() == [20, 21, 22, 23, 0, 0, 0, 0, 10, 11, 13, 30, 31, 32, 0, 0]
+    nv = filled.plan.cuts[1]
+    for name, group in filled.groups.items():
+        assert torch.equal(filled.ids[group.text_rows - nv], batch.ids[batch.groups[name].text_rows - nv])
+        assert torch.equal(group.patch_rows, batch.groups[name].patch_rows)
+
+
+def test_fillers_are_never_dropped_by_stochastic_depth():
+    portions = [replace(p, keep=np.zeros((len(p.items), 1, 2), np.float32)) for p in PORTIONS]
+    keep = collate(portions, WORDS, 8).keep
+    assert keep[0, 0].tolist() == [0] * 4 + [0, 0, 1] + [0] * 4 + [1]
+
+
+def test_a_model_without_text_has_no_fillers():
+    assert collate([PORTIONS[3]], SMALL, 8).plan.fillers is None
 
 
 def test_a_batch_moves_with_all_its_groups(batch):

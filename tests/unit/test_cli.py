@@ -260,16 +260,17 @@ def test_a_reader_that_goes_away_causes_no_traceback(tmp_path, command):
     assert b"Traceback" not in done.stderr
 
 
-def test_sigterm_before_training_ends_with_75():
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_polite_signal_before_training_ends_with_75(name):
     code = (
         "import os, signal, sys; from beitctl import cli, doctor; "
         "sys.argv = ['beitctl', 'doctor']; "
-        "doctor.examine = lambda: os.kill(os.getpid(), signal.SIGTERM); cli.main()"
+        f"doctor.examine = lambda measure: os.kill(os.getpid(), signal.{name}); cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         75,
-        "stopped by SIGTERM; the same command goes on where this one ended\n",
+        f"stopped by {name}; the same command goes on where this one ended\n",
     )
 
 
@@ -289,7 +290,10 @@ def test_every_stage_has_the_same_options(capsys):
         "--recipe",
         "--set",
         "--out",
+        "--allow",
         "--gpus",
+        "--max-time",
+        "--submit",
         "--resume",
         "--no-resume",
         "--only",

@@ -15,10 +15,9 @@ from torch.distributed.tensor import DTensor
 from beitctl.data.loader import Place, StepData, Stream
 from beitctl.engine.dist import start
 from beitctl.engine.learner import MultiwayLearner, Objective
-from beitctl.engine.shard import fill
+from beitctl.engine.shard import fill, sharded
 from beitctl.model.init import initial
 from beitctl.model.multiway import Multiway
-from beitctl_plugins.stages import shared
 from beitctl_plugins.tasks.contrast import ContrastAndMatch
 from beitctl_plugins.tasks.masked import MaskedPair
 
@@ -68,7 +67,7 @@ def whole(gradient):
 def step_as_ranks():
     ranks = start()
     objectives, given, streams = parts()
-    learner = shared.build(VLMO, objectives, given, ranks, "fp32", moved)
+    learner = sharded(lambda: MultiwayLearner(Multiway(VLMO), objectives, given), ranks, "fp32", moved)
     (batch,) = StepData(streams, VLMO, 0, Place(ranks.rank, ranks.world))[0]
     found = one_step(learner, batch, ranks)
     ranks.stop()

@@ -239,6 +239,12 @@ def test_steps_done_again_after_a_restart_count_once_with_the_later_value(log, t
     assert [r.get("resumed_from") for r in events.read(tmp_path) if r["event"] == "start"] == [None, 15]
 
 
+def test_steps_done_again_after_a_return_to_a_checkpoint_count_once_with_the_later_value(log, tmp_path):
+    for number, step in enumerate((10, 20, 30, 20, 30)):
+        log.step(step, 40, {"loss": float(number)})
+    assert steps(tmp_path) == [(10, 0.0), (20, 3.0), (30, 4.0)]
+
+
 def test_a_restart_that_reached_no_step_overtakes_nothing(log, tmp_path):
     log.start({})
     log.step(10, 40, {"loss": 1.0})

@@ -14,7 +14,7 @@ from beitctl.data.batch import Portion, collate
 from beitctl.engine.learner import MultiwayLearner, Objective
 from beitctl.model.flops import Flops, of_head, of_pass
 from beitctl.model.multiway import Multiway
-from beitctl.model.plan import BatchPlan, plan_of
+from beitctl.model.plan import BatchPlan, plan_of, with_fillers
 from beitctl_plugins.tasks.masked import Bottleneck, MaskedImage, MaskedPair, MaskedText
 
 MIXED = ModelConfig(
@@ -163,3 +163,9 @@ def test_the_giant_of_the_paper_takes_4_2_tflop_a_triple():
     triple = of_pass(giant, plan_of(257, 1, [24], [128]))
     triple += of_head(2 * 102, 1408 * 8192) + of_head(19 + 12, 1408 * 64010)
     assert triple.training == pytest.approx(4.175e12, rel=0.01)
+
+
+def test_fillers_are_no_useful_work():
+    plan = plan_of(MIXED.picture_tokens, 2, [4, 6], [10, 2])
+    found, filled = of_pass(MIXED, plan), of_pass(MIXED, with_fillers(plan, 64))
+    assert (filled.training, filled.heads) == (found.training, found.heads)

@@ -28,11 +28,34 @@ def test_the_number_of_processes_comes_from_torchrun_or_slurm(env, world):
 
 @pytest.mark.parametrize(
     ("gpus", "env", "needed"),
-    [(1, {}, False), (2, {}, True), (2, {"WORLD_SIZE": "2"}, False), (2, {"WORLD_SIZE": "1"}, False)],
+    [
+        (1, {}, False),
+        (2, {}, True),
+        (2, {"WORLD_SIZE": "2"}, False),
+        (2, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False),
+        (1, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False),
+        (8, {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, False),
+    ],
 )
 def test_processes_are_started_unless_somebody_did(monkeypatch, gpus, env, needed):
     monkeypatch.setattr(launch, "_gpus", lambda env: 0)
     assert launch.needed(gpus, env) == needed
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, "torchrun has started .* LOCAL_WORLD_SIZE=4"),
+        ({"WORLD_SIZE": "1"}, "torchrun has started .* WORLD_SIZE=1"),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "4(x2)"},
+            r"Slurm has started .* SLURM_TASKS_PER_NODE=4\(x2\)",
+        ),
+    ],
+)
+def test_another_number_of_gpus_than_somebody_has_started_is_refused(env, said):
+    with pytest.raises(UserError, match=f"--gpus 2: {said}; leave --gpus out"):
+        launch.needed(2, env)
 
 
 def test_less_than_one_gpu_is_refused():

@@ -1,17 +1,18 @@
 """The training loop on the smallest learner: what is averaged, what stops it, what it survives."""
 
+import gc
 import json
 import shutil
 import time
 
 import pytest
 import torch
-from line import Line, Steps, run, saved
+from line import Heard, Line, Steps, run, saved
 from small import ALONE
 
 from beitctl.config import OptimConfig
 from beitctl.engine.loop import evaluate
-from beitctl.errors import DataError, DivergedError, Stopped, UserError
+from beitctl.errors import CapacityError, DataError, DivergedError, Stopped, UserError
 
 BROKEN = ((float("inf"),),)
 
@@ -76,15 +77,16 @@ def test_three_in_a_row_end_the_run_with_exit_code_6(tmp_path):
         run(tmp_path, Steps(special=dict.fromkeys((2, 3, 4, 5), BROKEN)), steps=9)
     assert caught.value.exit_code == 6
     assert str(caught.value).startswith(
-        "no finite gradient in the last 3 steps before step 5; the weights were left as they are. "
+        "no finite gradient in 3 steps in a row up to step 5; steps without a finite gradient left the "
+        "weights as they are. There is no checkpoint of this run to go back to. "
         "Lower peak_lr, lengthen warmup_steps, or set clip_norm"
     )
 
 
-def test_the_step_at_which_a_run_diverges_is_not_saved(tmp_path):
+def test_no_step_without_a_finite_gradient_is_saved(tmp_path):
     with pytest.raises(DivergedError):
         run(tmp_path, Steps(BROKEN[0]), steps=3, save_every_steps=1, log_every_steps=3)
-    assert "step-00000003" not in saved(tmp_path)
+    assert saved(tmp_path) == []
 
 
 def test_two_in_a_row_are_survived(tmp_path):
@@ -123,10 +125,10 @@ def test_unreadable_examples_are_listed_in_the_run_folder(tmp_path):
 
 def test_the_list_of_unreadable_examples_is_taken_up_on_resume(tmp_path):
     run(tmp_path, Steps(problems={0: ("a",)}), steps=3)
-    heard = []
+    heard = Heard()
     data = Steps(problems={4: ("a",)})
-    run(tmp_path, data, steps=6, session={"warn": heard.append})
-    assert heard == []
+    run(tmp_path, data, steps=6, session={"warn": heard})
+    assert heard.texts == []
     with pytest.raises(DataError, match="2 of 10 examples of 'x'"):
         run(tmp_path, Steps(problems={7: ("b",)}), steps=9)
 
@@ -159,9 +161,9 @@ def test_an_unreadable_example_counts_once_however_often_it_comes(tmp_path):
 
 
 def test_an_unreadable_example_is_told_once_with_the_reason(tmp_path):
-    heard = []
-    run(tmp_path, Steps(problems=dict.fromkeys(range(3), ("a",))), session={"warn": heard.append})
-    assert heard == ["skipped x/a: a is broken"]
+    heard = Heard()
+    run(tmp_path, Steps(problems=dict.fromkeys(range(3), ("a",))), session={"warn": heard})
+    assert heard.said == [("W301", "skipped x/a: a is broken")]
 
 
 class Slow(Steps):
@@ -195,6 +197,39 @@ def test_a_run_goes_on_from_its_newest_checkpoint_as_if_never_stopped(tmp_path):
     rest = run(tmp_path / "b", steps=6, session={"started": begun.append})
     assert begun == [4]
     assert [(s.number, w) for s, w in rest] == [(s.number, w) for s, w in whole[4:]]
+
+
+def averaged(weights, decay):
+    """The moving average of some weights that begins with 0, by definition."""
+    found = 0.0
+    for weight in weights:
+        found = decay * found + (1 - decay) * weight
+    return found
+
+
+def test_with_a_moving_average_the_run_gives_that_and_saves_both(tmp_path):
+    line = Line()
+    weights = [weight for _, weight in run(tmp_path, learner=line, ema_decay=0.75)]
+    assert line.w.item() == pytest.approx(averaged(weights, 0.75), rel=1e-6)
+    assert line.w.item() != pytest.approx(weights[-1], rel=1e-3)
+
+
+def test_a_moving_average_goes_on_where_the_run_was_stopped(tmp_path):
+    once, twice = Line(), Line()
+    run(tmp_path / "once", learner=once, steps=6, ema_decay=0.75)
+    cut = Steps(problems={4: "xy"})
+    with pytest.raises(DataError):
+        run(tmp_path / "twice", cut, learner=twice, steps=6, save_every_steps=2, ema_decay=0.75)
+    again = Line()
+    run(tmp_path / "twice", learner=again, steps=6, ema_decay=0.75)
+    assert torch.equal(again.w, once.w)
+
+
+def test_a_finished_run_with_a_moving_average_still_gives_it(tmp_path):
+    first, again = Line(), Line()
+    run(tmp_path, learner=first, ema_decay=0.75)
+    assert run(tmp_path, learner=again, ema_decay=0.75) == []
+    assert torch.equal(again.w, first.w)
 
 
 def test_a_finished_run_has_no_steps_left(tmp_path):
@@ -234,8 +269,55 @@ def test_checkpoints_also_come_by_time(tmp_path):
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    run(tmp_path, steps=5, save_every_steps=1, keep_checkpoints=2)
+    run(tmp_path, steps=5, save_every_steps=1, keep_checkpoints=2, keep_every_hours=0.0)
     assert saved(tmp_path) == ["step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_full_disk_is_a_warning_but_for_the_last_checkpoint(tmp_path, monkeypatch, in_background):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    heard, done = Heard(), []
+    settings = {"steps": 5, "save_every_steps": 2, "async_save": in_background}
+    session = {"warn": heard, "saved": lambda step, path, seconds: done.append(step)}
+    with pytest.raises(CapacityError, match=r"needs .* GB of free disk"):
+        run(tmp_path, session=session, **settings)
+    assert set(heard.codes()) == {"W302"}
+    assert [step for step in (2, 4) for text in heard.texts if f"step {step} " in text] == [2, 4]
+    assert done == []
+
+
+def test_one_checkpoint_of_every_period_is_kept_besides(tmp_path):
+    run(tmp_path, steps=5, save_every_steps=1, keep_checkpoints=2, keep_every_hours=1e6)
+    assert saved(tmp_path) == ["step-00000001", "step-00000004", "step-00000005"]
+
+
+def test_garbage_is_collected_at_checkpoints_alone_and_as_before_afterwards(tmp_path):
+    learner, seen = Line(), []
+    learner.after_step = lambda: seen.append(gc.isenabled())
+    run(tmp_path, learner=learner, steps=3)
+    assert seen == [True, False, False]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_pace_is_that_of_all_steps_since_the_last_one_that_is_logged(tmp_path):
+    steps = [step for step, _ in run(tmp_path, steps=6, log_every_steps=3)]
+    assert [step.samples for step in steps] == [2, 2, 4, 2, 4, 6]
+
+
+class Counted(Line):
+    def flops(self, batch):
+        return 1e12 * len(batch.x)
+
+
+def test_figures_of_the_meter_are_among_the_metrics(tmp_path):
+    ((step, _),) = run(tmp_path, learner=Counted(), steps=1)
+    assert step.metrics()["tflops_per_gpu"] == pytest.approx(2 / step.seconds)
+
+
+def test_a_learner_that_does_not_know_its_operations_has_no_such_figures(tmp_path):
+    ((step, _),) = run(tmp_path, steps=1)
+    assert "tflops_per_gpu" not in step.metrics()
 
 
 def test_evaluation_gives_means_and_leaves_the_weights_alone():

@@ -1,7 +1,7 @@
 """The training loop on two ranks: sums, decisions and errors are the same on both."""
 
 import pytest
-from line import Line, Steps, run
+from line import Line, Steps, alike, run
 
 from beitctl.engine.dist import start
 from beitctl.engine.loop import evaluate
@@ -12,7 +12,7 @@ def metrics_as_ranks(folder):
     """Metrics of a step and of an evaluation, with rank 0's points (1, 2) and rank 1's (3)."""
     ranks = start()
     data = Steps((1.0, 2.0) if ranks.main else (3.0,))
-    ((step, _),) = run(folder, data, steps=1, session={"ranks": ranks})
+    ((step, _),) = run(folder, data, steps=1, session={"ranks": ranks}, learner=alike(ranks))
     held = evaluate(Line(), iter(data[0]), ranks)
     found = [step.metrics(), list(step.counts), step.samples, held]
     ranks.stop()
@@ -32,7 +32,7 @@ def same_example_as_ranks(folder):
     """Both ranks meet the one unreadable example, in different epochs."""
     ranks = start()
     data = Steps(problems={ranks.rank: ("a",)})
-    found = len(run(folder, data, session={"ranks": ranks}, max_bad_share=0.0))
+    found = len(run(folder, data, session={"ranks": ranks}, learner=alike(ranks), max_bad_share=0.0))
     ranks.stop()
     return found
 
@@ -45,7 +45,8 @@ def two_examples_as_ranks(folder):
     """Each rank meets an unreadable example of its own."""
     ranks = start()
     try:
-        run(folder, Steps(problems={0: (f"example-{ranks.rank}",)}), session={"ranks": ranks})
+        data = Steps(problems={0: (f"example-{ranks.rank}",)})
+        run(folder, data, session={"ranks": ranks}, learner=alike(ranks))
     except DataError as error:
         return str(error)
     finally:

@@ -48,6 +48,27 @@ def test_no_rows_give_no_loss_and_gradients_of_zero(head):
     assert all(p.grad is not None and not p.grad.any() for p in (rows, *head.parameters()))
 
 
+def test_chunks_give_the_loss_hits_and_gradients_of_the_whole(head):
+    targets = torch.arange(10) % 7
+    found = []
+    for most in (7 * 10, 7 * 4, 1):
+        rows = torch.randn(10, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        head.zero_grad()
+        total, right = masked_cross_entropy(rows, targets, head, most)
+        total.backward()
+        found.append([total.detach(), right.float(), rows.grad, *(p.grad.clone() for p in head.parameters())])
+    for chunked in found[1:]:
+        for one, whole in zip(chunked, found[0], strict=True):
+            assert torch.allclose(one, whole, atol=1e-5)
+
+
+def test_chunks_keep_no_more_logits_than_asked_for():
+    seen, head = [], nn.Linear(4, 7)
+    head.register_forward_hook(lambda module, given, out: seen.append(out.numel()))
+    masked_cross_entropy(torch.randn(10, 4, requires_grad=True), torch.zeros(10).long(), head, 7 * 4)
+    assert seen == [28, 28, 14]
+
+
 def test_one_process_gathers_its_own_rows():
     x = torch.randn(3, 2)
     found, first = gather_rows(x)

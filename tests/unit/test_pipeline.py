@@ -164,7 +164,12 @@ def test_a_finished_run_in_the_folder_of_out_is_used_whatever_code_made_it(capsy
         (
             "run",
             ["--set", "value=9"],
-            "own holds a run from another recipe:\n  make.first.value: was 1, is 9\n",
+            "own: this run began with other settings, data or versions:\n  value: 1 -> 9\n",
+        ),
+        (
+            "run",
+            ["--only", "second"],
+            "own holds a run of [make.first], not of [make.second]; choose another",
         ),
         ("run", ["--no-resume"], "--out own: holds a run already; with --no-resume name a new folder"),
         ("files", [], "--out own: holds files but no run; name a new or an empty folder"),
@@ -298,7 +303,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(capsys, monkeypat
     def fail(folder):
         raise ValueError("no fonts")
 
-    monkeypatch.setattr("beitctl.cli._write_page", fail)
+    monkeypatch.setattr("beitctl.running.write_page", fail)
     _, err = run(capsys, "make", "--recipe", "r.toml", "--only", "second")
     assert "the report could not be written: ValueError: no fonts" in err
     assert runs.read(folders("make.second")[0]).ok
@@ -308,7 +313,7 @@ def test_a_report_of_a_recipe_that_cannot_be_written_does_not_fail_it(capsys, mo
     def fail(folder, runs):
         raise ValueError("no fonts")
 
-    monkeypatch.setattr("beitctl.cli._write_pipeline_page", fail)
+    monkeypatch.setattr("beitctl.running.write_pipeline_page", fail)
     _, err = run(capsys, "run", "r.toml")
     assert "warning: the report could not be written: ValueError: no fonts" in err
 

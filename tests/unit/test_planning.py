@@ -1,72 +1,28 @@
 """``beitctl plan``: what a training needs, told before it runs."""
 
-import json
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from small import Letters, coloured
-from torch.nn import functional as F
+from planned import MODEL, TEXT_TOKENS, TRAIN, place, plan, told, work  # noqa: F401 - the fixture works by being here
+from small import Letters
 from torch.utils.flop_counter import FlopCounterMode
 
-from beitctl import cli, recipe
-from beitctl.api import Item, Tools
-from beitctl.config import ModelConfig, OptimConfig, TrainConfig
+from beitctl import recipe
+from beitctl.api import Item
 from beitctl.data.batch import Portion, collate
+from beitctl.engine.gpus import CARDS, Gpu, named
 from beitctl.engine.learner import MultiwayLearner, Objective
-from beitctl.model import attention
 from beitctl.model.multiway import Multiway
-from beitctl.model.plan import plan_of
 from beitctl.planning import estimate
-from beitctl.planning.gpus import CARDS, GIB, Gpu, named
-from beitctl.planning.memory import fixes, per_gpu, saved_numbers
-from beitctl.planning.work import Part, Work, _Codes, _Words, work_of
+from beitctl.planning.memory import per_gpu
+from beitctl.planning.work import work_of
 from beitctl_plugins.tasks.classification import Classification
 from beitctl_plugins.tasks.contrast import ContrastAndMatch
 from beitctl_plugins.tasks.masked import Bottleneck, MaskedImage, MaskedPair
 from beitctl_plugins.tasks.retrieval import Retrieval
-
-MODEL = ModelConfig(
-    layers=3, width=64, heads=2, ffn=256, image_px=24, patch_px=4, vocabulary=52, text_tokens=24,
-    fusion_layers=1,
-)  # fmt: skip
-TRAIN = TrainConfig(steps=10, optim=OptimConfig(peak_lr=1e-3))
-TEXT_TOKENS = 9
-
-
-@pytest.fixture(autouse=True)
-def place(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BEITCTL_DEBUG", "")
-    monkeypatch.delenv("BEITCTL_RECIPES", raising=False)
-
-
-def plan(capsys, *arguments):
-    """Exit code, stdout and stderr."""
-    code = cli.execute(["plan", *arguments])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def told(capsys, *arguments):
-    code, out, err = plan(capsys, *arguments, "--json")
-    assert code == 0, err
-    assert out.count("\n") == 1
-    return json.loads(out)
-
-
-def work(*tasks, samples=4, **settings):
-    """Work of tasks on the small model, four samples each unless said otherwise."""
-    tools = Tools(MODEL, _Words(52), _Codes(40, 6), ("a", "b", "c"))
-    parts = []
-    for number, task in enumerate(tasks):
-        text = 0 if task.layout == "image" else TEXT_TOKENS
-        parts.append(Part(f"part{number}", task, samples, text, 12, 2, coloured("red")))
-    given = {"train": TRAIN, "model": MODEL} | settings
-    return Work(key="pretrain", parts=tuple(parts), tools=replace(tools, model=given["model"]), **given)
-
 
 # --- parameters ---
 
@@ -177,69 +133,6 @@ def test_what_is_assumed_of_prose_is_said():
     )
 
 
-# --- memory ---
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"norm": "pre"}, {"norm": "pre", "layer_scale": 0.1}, {"attention": "decoupled"}]
-)
-def test_eager_blocks_keep_what_is_counted(changes, monkeypatch):
-    monkeypatch.setattr(
-        attention, "_plain", lambda q, k, v, mask, bias: F.scaled_dot_product_attention(q, k, v, mask)
-    )
-    model = Multiway(replace(MODEL, **changes))
-    plan = plan_of(MODEL.picture_tokens, 4, [24] * 4, [24] * 4)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept, alive = {}, []
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if tensor.is_floating_point() and storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes() / 4 / plan.tokens
-            alive.append(storage)
-        return tensor
-
-    x = torch.randn(plan.tokens, MODEL.width, requires_grad=True) * 1
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.blocks[0](x, model.layout(plan))
-    assert sum(kept.values()) == pytest.approx(saved_numbers(model.config, "eager"), rel=0.02)
-
-
-def test_states_are_shared_by_all_gpus():
-    one, four = (per_gpu(work(MaskedImage()), gpus, 0).parts for gpus in (1, 4))
-    for part in ("master_weights", "moments", "gradients"):
-        assert four[part] == -(-one[part] // 4)
-
-
-def test_a_pass_is_what_the_loader_deals_out():
-    passes, mine = work(MaskedImage(), MaskedPair(), samples=32).share(4, 6)
-    assert (passes, [part.samples for part in mine.parts]) == (3, [3, 3])
-
-
-def test_recompute_takes_less_than_compiled_blocks_and_these_less_than_eager_ones():
-    found = per_gpu(work(MaskedImage(), samples=64), 1, 0)
-    assert found.total("recompute") < found.total("compiled") < found.total("eager")
-
-
-def test_every_proposed_setting_makes_it_fit():
-    made = work(MaskedImage(), MaskedPair(), samples=512)
-    limit = per_gpu(made, 1, 0).total() - 2**27
-    found = list(fixes(made, 1, limit))
-    micro = int(found[0].removeprefix("--set pretrain.train.micro_samples="))
-    assert per_gpu(made, 1, micro).total() <= limit < per_gpu(made, 1, 2 * micro).total()
-    gpus = int(found[1].removeprefix("--gpus "))
-    assert per_gpu(made, gpus, 0).total() <= limit < per_gpu(made, gpus // 2, 0).total()
-
-
-def test_a_contrastive_task_is_not_told_to_take_smaller_passes():
-    made = work(Retrieval(), samples=512)
-    assert not any("micro_samples" in fix for fix in fixes(made, 1, per_gpu(made, 1, 0).total() - 1))
-
-
-def test_nothing_is_proposed_where_it_fits():
-    assert list(fixes(work(MaskedImage()), 1, 80 * GIB)) == []
-
-
 # --- the rest of the plan ---
 
 
@@ -302,6 +195,14 @@ def test_one_gpu_has_no_traffic_and_more_gather_twice_and_scatter_once():
     network = [estimate._network(made, per_gpu(made, gpus, 0), estimate.Asked(gpus), None) for gpus in (1, 4)]
     total = made.sizes.parts["total"]
     assert [found["total"] for found in network] == [0, int(4 * total * 0.75) + int(4 * total * 0.75)]
+
+
+def test_groups_with_a_copy_each_add_up_their_gradients():
+    made = work(MaskedImage(), MaskedPair(), samples=32)
+    found = estimate._network(made, per_gpu(made, 32, 0), estimate.Asked(32), None)
+    total = made.sizes.parts["total"]
+    assert found["all_gather"] == int(4 * total * 7 / 8)
+    assert found["all_reduce"] == int(2 * 4 * total / 8 * 3 / 4)
 
 
 def test_gpus_without_samples_are_told(capsys):

@@ -12,7 +12,7 @@ import pytest
 from run_stubs import Make, Use, place  # noqa: F401 - the fixture works by being here
 
 from beitctl import recipe, runs
-from beitctl.errors import DataError, UserError
+from beitctl.errors import UserError
 from beitctl.runs import Run, Workplace
 
 
@@ -180,62 +180,6 @@ def test_a_manifest_says_running_until_the_end(tmp_path):
 
 def test_a_resolved_table_stands_under_its_key():
     assert runs.resolved(tables()["make.second"]) == "[make.second]\nvalue = 2\n"
-
-
-def stored(folder, key, *overrides, **parents):
-    """A run folder of a table as it was before."""
-    folder.mkdir()
-    table = tables(*overrides)[key]
-    work = Workplace(folder)
-    found = runs.identify(table, parents)
-    work.begin(table, runs.facts(table, "r", found, parents, command=[], world=1))
-    work.close()
-    return runs.read(folder)
-
-
-def refuse(run, key, *overrides, **parents):
-    runs.refuse_other(run, tables(*overrides)[key], identity(key, *overrides, **parents), parents)
-
-
-def test_the_same_run_is_not_refused(tmp_path):
-    run = stored(tmp_path / "a", "use", **{"make.first": parent()})
-    refuse(run, "use", **{"make.first": parent()})
-
-
-def test_a_run_of_another_table_is_refused(tmp_path):
-    run = stored(tmp_path / "a", "make.first")
-    with pytest.raises(
-        UserError, match=r"a holds a run of \[make.first\], not of \[make.second\]; choose another"
-    ):
-        refuse(run, "make.second")
-
-
-def test_a_run_with_other_settings_is_refused_naming_each(tmp_path):
-    run = stored(tmp_path / "a", "use", **{"make.first": parent()})
-    with pytest.raises(UserError) as caught:
-        refuse(run, "use", "use.factor=4", **{"make.first": parent("b" * 32)})
-    assert str(caught.value).splitlines() == [
-        f"{tmp_path / 'a'} holds a run from another recipe:",
-        "  use.factor: was not set, is 4",
-        "  @make.first: was run a, is run bbbbbbbb",
-        "choose another folder with --out, or undo the changes",
-    ]
-
-
-def test_a_run_with_other_defaults_is_refused(tmp_path):
-    run = stored(tmp_path / "a", "use")
-    other = Run(run.folder, {**run.manifest, "config_hash": "other"})
-    with pytest.raises(UserError, match="defaults of the stage have changed"):
-        refuse(other, "use")
-
-
-def test_a_run_on_other_data_is_refused(tmp_path):
-    run = stored(tmp_path / "a", "make.first")
-    Path("data.txt").write_text("more")
-    with pytest.raises(
-        DataError, match="the data are not those that this run started with; choose another folder"
-    ):
-        refuse(run, "make.first")
 
 
 def test_a_page_is_up_to_date_if_it_is_newer_than_all_runs(tmp_path):

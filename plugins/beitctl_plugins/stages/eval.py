@@ -177,15 +177,18 @@ class Eval(Plugin):
     def _task(self, stored: "Stored", job: Job, device: "torch.device") -> dict[str, float]:
         from beitctl.data.loader import Stream
         from beitctl.engine import dist
-        from beitctl.engine.learner import Objective
+        from beitctl.engine.learner import MultiwayLearner, Objective
+        from beitctl.engine.shard import sharded
+        from beitctl.model.multiway import Multiway
         from beitctl_plugins.stages import shared
 
         task = stored.open_task()
         if task is None:
             raise UserError(f"{stored.folder}: no task head in it; fine-tune first, or use protocol 'knn'")
         tools, ranks = self._tools(stored), dist.start()
-        learner = shared.build(
-            replace(stored.model, drop_path=0.0), [Objective("task", task)], {"task": tools}, ranks, "fp32",
+        model, objectives = replace(stored.model, drop_path=0.0), [Objective("task", task)]
+        learner: MultiwayLearner = sharded(
+            lambda: MultiwayLearner(Multiway(model), objectives, {"task": tools}), ranks, "fp32",
             lambda name, shape: stored.tensors[name],
         )  # fmt: skip
         source = opened(self.source)

@@ -111,8 +111,9 @@ class Finetune(Plugin):
         from beitctl.checkpoints.loading import changed
         from beitctl.data.labels import classes
         from beitctl.data.loader import Stream
-        from beitctl.engine.learner import Objective
+        from beitctl.engine.learner import MultiwayLearner, Objective
         from beitctl.model.init import initial
+        from beitctl.model.multiway import Multiway
         from beitctl_plugins.stages import shared
 
         config = self._config(stored.model)
@@ -126,8 +127,13 @@ class Finetune(Plugin):
             known = shared.given(weights, name, shape) if name.startswith("model.") else None
             return initial(name, shape, config, seed) if known is None else known
 
+        objectives = [Objective("task", self.task)]
         learner = shared.build(
-            config, [Objective("task", self.task)], {"task": tools}, ranks, self.train.precision, value
+            lambda: MultiwayLearner(Multiway(config), objectives, {"task": tools}),
+            ranks,
+            self.train,
+            value,
+            job,
         )
         stream = Stream("task", self.task, examples, self.samples, tools)
         folder = job.folder / f"seed-{seed}"

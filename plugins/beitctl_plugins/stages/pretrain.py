@@ -161,7 +161,9 @@ class Pretrain(Plugin):
     def run(self, job: Job) -> Mapping[str, Any]:
         """Train, write the weights, measure on what was held out, draw."""
         from beitctl.engine import dist
+        from beitctl.engine.learner import MultiwayLearner
         from beitctl.model.init import initial
+        from beitctl.model.multiway import Multiway
         from beitctl_plugins.stages import shared
 
         ranks = dist.start()
@@ -182,10 +184,12 @@ class Pretrain(Plugin):
             begun = shared.given(known, name, shape)
             return initial(name, shape, config, seed) if begun is None else begun
 
-        learner = shared.build(
-            config, self._objectives(), dict.fromkeys(self.objectives, tools), ranks, self.train.precision,
-            value, frozen=self.frozen,
-        )  # fmt: skip
+        objectives, every = self._objectives(), dict.fromkeys(self.objectives, tools)
+
+        def make() -> "MultiwayLearner":
+            return shared.frozen_in(MultiwayLearner(Multiway(config), objectives, every), self.frozen)
+
+        learner = shared.build(make, ranks, self.train, value, job)
         if online:
             learner.code_with(online)
         if self.init:

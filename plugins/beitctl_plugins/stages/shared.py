@@ -4,7 +4,7 @@ Imported by stages inside ``run``, because it imports torch.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,19 @@ from torch import Tensor
 
 from beitctl.api import Example, Examples, Job, Tools
 from beitctl.checkpoints.native import load_tokenizer, save_model
-from beitctl.config import ModelConfig, TrainConfig
+from beitctl.config import TrainConfig
 from beitctl.data import opening
 from beitctl.data.images import Pictures
 from beitctl.data.loader import Place, StepData, Stream, batches, prepared
 from beitctl.data.packing import Packed
 from beitctl.data.store import TokenStore
+from beitctl.engine.compiling import preparation, rows_multiple
 from beitctl.engine.dist import Ranks
-from beitctl.engine.learner import MultiwayLearner, Objective
-from beitctl.engine.loop import Session, train
+from beitctl.engine.learner import MultiwayLearner
+from beitctl.engine.loop import train
+from beitctl.engine.session import Session
 from beitctl.engine.shard import Initial, full_weights, sharded
 from beitctl.errors import DataError, UserError
-from beitctl.model.multiway import Multiway
 from beitctl.report.events import read
 from beitctl_plugins.sources.mixture import Mixed
 
@@ -83,26 +84,23 @@ def packed(documents: Examples, tools: Tools, ranks: Ranks, job: Job) -> Example
 
 
 def build(
-    model: ModelConfig, objectives: Sequence[Objective], tools: Mapping[str, Tools], ranks: Ranks,
-    precision: str, initial: Initial, *, frozen: Sequence[str] = (),
-) -> MultiwayLearner:  # fmt: skip
-    """A sharded learner with its initial weights; parameters with one of ``frozen`` in their name stay.
+    make: Callable[[], MultiwayLearner], ranks: Ranks, config: TrainConfig, initial: Initial, job: Job
+) -> MultiwayLearner:
+    """A sharded learner with its initial weights, on the hardware as the settings say.
 
     Raises:
-        UserError: a part of a name that no parameter has, or that leaves nothing to train.
+        UserError: a setting of the engine cannot hold here.
+        SetupError: the compiler or an attention backend fails here.
     """
-
-    def make() -> MultiwayLearner:
-        learner = MultiwayLearner(Multiway(model), objectives, tools)
-        freeze(learner, frozen)
-        return learner
-
-    learner: MultiwayLearner = sharded(make, ranks, precision, initial)
+    learner: MultiwayLearner = sharded(
+        make, ranks, config.precision, initial,
+        prepare=preparation(config, ranks.device, job.log.warning), shard_ranks=config.shard_ranks,
+    )  # fmt: skip
     return learner
 
 
-def freeze(learner: MultiwayLearner, frozen: Sequence[str]) -> None:
-    """Switch training off for the parameters that have one of some parts in their name.
+def frozen_in(learner: MultiwayLearner, frozen: Sequence[str]) -> MultiwayLearner:
+    """The learner, with training switched off for the parameters that have one of some parts in their name.
 
     Raises:
         UserError: a part of a name that no parameter has, or that leaves nothing to train.
@@ -116,6 +114,7 @@ def freeze(learner: MultiwayLearner, frozen: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in names.values()):
         raise UserError("frozen: nothing is left to train")
+    return learner
 
 
 def given(known: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor | None:
@@ -175,14 +174,14 @@ def fit(
 ) -> StepData:  # fmt: skip
     """Train to the end, logging as the settings say; ``name`` goes before the names of the metrics."""
     model = learner.model.config
-    data = StepData(streams, model, config.seed, Place(ranks.rank, ranks.world, config.micro_samples))
+    place = Place(ranks.rank, ranks.world, config.micro_samples)
+    data = StepData(streams, model, config.seed, place, rows_multiple(config, ranks.device))
     session = Session(
         ranks, folder or job.folder, identity="/".join(learner.weights), resume=job.resume,
         layers=model.layers, examples={stream.name: len(stream.examples) for stream in streams},
         saved=job.log.checkpoint,
         started=lambda step: job.log.note(f"resuming from step {step}") if step else None,
-        warn=lambda text: job.log.warning("W301", text, "replace it, or leave it: the run goes on"),
-        sampled=job.log.samples,
+        warn=job.log.warning, sampled=job.log.samples,
     )  # fmt: skip
     with closing(train(learner, data, config, session)) as steps:
         for step in steps:

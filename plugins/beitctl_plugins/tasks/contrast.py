@@ -18,7 +18,9 @@ from beitctl.api import Example, Item, Plugin, Term, Tools
 from beitctl.config import ModelConfig
 from beitctl.data.batch import Group
 from beitctl.engine.losses import gather_plain, gather_rows, info_nce
+from beitctl.engine.operations import of_contrast
 from beitctl.errors import UserError
+from beitctl.model.flops import Flops, linear_weights, of_head, of_pass
 from beitctl.model.heads import ContrastiveHead, Pooler
 from beitctl.model.multiway import Encoded, Packed
 from beitctl.model.plan import BatchPlan
@@ -66,6 +68,23 @@ class ContrastAndMatch(Plugin):
         if self.match:
             found |= {POOLER: Pooler(width, norm=False), MATCHING: nn.Linear(width, 2)}
         return found
+
+    def operations(
+        self, config: ModelConfig, plan: BatchPlan, group: Group, heads: Mapping[str, Any]
+    ) -> Flops:
+        """Operations of the heads, the second branch and the three kinds of pairs, by their own texts."""
+        samples = group.counts["sample"]
+        total = of_pass(config, plan, blocks=config.fusion_layers, embedded=False)
+        for name in (UNIMODAL, FUSED):
+            total += of_contrast(samples, heads[name])
+        if self.match:
+            places = np.searchsorted(plan.text_starts, group.text_first.cpu().numpy())
+            known = plan.pair_lengths + plan.text_lengths
+            lengths = tuple(known[place] for place in places)
+            total += of_pass(config, BatchPlan(plan.picture_tokens, 0, 3 * lengths))
+            weights = linear_weights(heads[POOLER]) + linear_weights(heads[MATCHING])
+            total += of_head(3 * samples, weights)
+        return total
 
     def prepare(self, example: Example, draw: np.random.Generator, tools: Tools) -> Item:
         tokenizer = loaded(tools)

@@ -20,8 +20,10 @@ from beitctl.checkpoints.native import fit
 from beitctl.config import STRICT, ModelConfig, TrainConfig
 from beitctl.data.loader import Place, Stream
 from beitctl.engine import dist
+from beitctl.engine.compiling import preparation
 from beitctl.engine.learner import HALF, normalise, raw
-from beitctl.engine.loop import Session, train
+from beitctl.engine.loop import train
+from beitctl.engine.session import Session
 from beitctl.engine.shard import full_weights, sharded
 from beitctl.errors import DataError
 from beitctl.model.codebook import perplexity
@@ -176,6 +178,8 @@ class DVAE(Plugin):
             ranks,
             self.train_config.precision,
             lambda name, shape: initial_dvae(name, shape, self.train_config.seed),
+            prepare=preparation(self.train_config, ranks.device, job.log.warning),
+            shard_ranks=self.train_config.shard_ranks,
         )
         self._loop(learner, streams, ranks, job)
         weights = full_weights(learner)
@@ -202,8 +206,7 @@ class DVAE(Plugin):
         session = Session(
             ranks, job.folder, "dvae", job.resume,
             examples={stream.name: len(stream.examples) for stream in streams}, saved=job.log.checkpoint,
-            warn=lambda text: job.log.warning("W301", text, "replace it, or leave it: the run goes on"),
-            sampled=job.log.samples,
+            warn=job.log.warning, sampled=job.log.samples,
         )  # fmt: skip
         guard = UseGuard(self.codes, self.min_used_share, config.steps / 4)
         with closing(train(learner, data, config, session)) as steps:

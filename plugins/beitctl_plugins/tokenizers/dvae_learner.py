@@ -66,7 +66,12 @@ class Shots:
     problems: tuple[tuple[str, str], ...]
 
     def to(self, device: torch.device) -> "Shots":
-        return replace(self, pixels=self.pixels.to(device), keys=self.keys.to(device))
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("pixels", "keys")}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Shots":
+        """The same in pinned memory, from which copies to a GPU overlap with its work."""
+        return replace(self, pixels=self.pixels.pin_memory(), keys=self.keys.pin_memory())
 
 
 class ShotSteps(Dataset[list[Shots]]):
@@ -77,14 +82,18 @@ class ShotSteps(Dataset[list[Shots]]):
         self.passes = place.passes(sum(stream.samples for stream in streams))
 
     def __getitem__(self, step: int) -> list[Shots]:
-        return [self._shots(step, number) for number in range(self.passes)]
+        return self.at(step, step)
 
-    def _shots(self, step: int, number: int) -> Shots:
+    def at(self, step: int, index: int) -> list[Shots]:
+        """The passes of a step with the pictures of another, ``index``, as after a rollback."""
+        return [self._shots(step, index, number) for number in range(self.passes)]
+
+    def _shots(self, step: int, index: int, number: int) -> Shots:
         parts, part = self.passes * self.place.world, number * self.place.world + self.place.rank
         rows: list[Any] = []
         keys, ids, problems = [], [], []
         for stream in self.streams:
-            for position in stream.positions(step, parts, part, self.seed):
+            for position in stream.positions(index, parts, part, self.seed):
                 found: Any = drawn(stream, position, self.seed)
                 id, (item,), bad = found
                 rows.append(item)
@@ -152,6 +161,20 @@ class DVAELearner(nn.Module):
     def counts(self, batch: Shots) -> dict[str, float]:
         positions = float(len(batch.pixels) * (batch.pixels.shape[-1] // self.model.shrink) ** 2)
         return {"pixels": float(batch.pixels.numel()), "kl": positions, "balance": positions}
+
+    def flops(self, batch: Shots) -> float:
+        """Useful operations of a forward and a backward pass: convolutions, and mixing the code vectors."""
+        count, model = len(batch.pixels), self.model
+        area = batch.pixels.shape[-2] * batch.pixels.shape[-1]
+        found = [2 * count * (area // model.shrink**2) * model.codebook.weight.shape.numel()]
+        for layer in (*model.encoder.modules(), *model.decoder.modules()):
+            if isinstance(layer, nn.Conv2d):
+                area //= layer.stride[0] ** 2
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                found.append(2 * count * area * layer.weight.shape.numel())
+            if isinstance(layer, nn.ConvTranspose2d):
+                area *= layer.stride[0] ** 2
+        return float(3 * sum(found) - found[1])  # pixels need no gradient
 
     @torch.no_grad()
     def after_step(self) -> None:

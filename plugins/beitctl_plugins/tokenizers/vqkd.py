@@ -18,7 +18,9 @@ from beitctl.checkpoints.native import fit
 from beitctl.config import ModelConfig, TrainConfig
 from beitctl.data.loader import Place, Stream
 from beitctl.engine import dist
-from beitctl.engine.loop import Session, train
+from beitctl.engine.compiling import preparation
+from beitctl.engine.loop import train
+from beitctl.engine.session import Session
 from beitctl.engine.shard import full_weights, sharded
 from beitctl.errors import DataError, UserError
 from beitctl.model.codebook import Codebook, Rules, Upkeep, perplexity
@@ -174,6 +176,8 @@ class VQKD(Plugin):
             ranks,
             self.train_config.precision,
             lambda name, shape: initial(name, shape, encoder, seed),
+            prepare=preparation(self.train_config, ranks.device, job.log.warning),
+            shard_ranks=self.train_config.shard_ranks,
         ).teach(teacher)
         if self.centre:
             learner.model.feature_mean.copy_(found.mean)
@@ -215,12 +219,15 @@ class VQKD(Plugin):
             if step:
                 job.log.note(f"resuming from step {step}")
 
+        def returned(step: int) -> None:
+            seen.copy_(upkeep.usage)
+            windows[:] = [window for window in windows if window[0] <= step]
+
         session = Session(
             ranks, job.folder, "vqkd", job.resume, self.shape.layers,
             examples={stream.name: len(stream.examples) for stream in streams}, saved=job.log.checkpoint,
-            started=started,
-            warn=lambda text: job.log.warning("W301", text, "replace it, or leave it: the run goes on"),
-            sampled=job.log.samples,
+            started=started, returned=returned,
+            warn=job.log.warning, sampled=job.log.samples,
         )  # fmt: skip
         with closing(train(learner, data, config, session)) as steps:
             for step in steps:

@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from beitctl.data.loader import Place, Stream, drawn
 from beitctl.engine.learner import HALF, Sums, normalise
 from beitctl.model.codebook import Upkeep
+from beitctl.model.flops import linear_weights, of_head, of_pass
+from beitctl.model.plan import plan_of
 from beitctl.model.vqkd import VQKDModel
 
 
@@ -34,6 +36,12 @@ class Views:
             name: getattr(self, name).to(device, non_blocking=True) for name in ("small", "large", "places")
         }
         return replace(self, **moved)
+
+    def pin_memory(self) -> "Views":
+        """The same in pinned memory, from which copies to a GPU overlap with its work."""
+        return replace(
+            self, **{name: getattr(self, name).pin_memory() for name in ("small", "large", "places")}
+        )
 
 
 class ViewSteps(Dataset[list[Views]]):
@@ -127,3 +135,16 @@ class VQKDLearner(nn.Module):
 
     def counts(self, batch: Views) -> dict[str, float]:
         return dict.fromkeys(self.weights, float(len(batch.small) * self.model.encoder.config.patches))
+
+    def flops(self, batch: Views) -> float:
+        """Useful operations of a forward and a backward pass; the teacher and the upkeep are left out."""
+        model, count = self.model, len(batch.small)
+        halves = [
+            of_pass(config, plan_of(config.picture_tokens, count, [], []))
+            for config in (model.encoder.config, model.decoder.config)
+        ]
+        rows = count * model.encoder.config.patches
+        layers = of_head(rows, linear_weights(model.to_code) + linear_weights(model.to_feature))
+        search = 2 * rows * model.codebook.codes * model.codebook.width if self.upkeep.awake else 0
+        maps = halves[1].patches  # unlike pixels, what the decoder embeds needs a gradient
+        return float(sum(part.training for part in (*halves, layers)) + maps + search)

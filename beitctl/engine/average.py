@@ -1,0 +1,42 @@
+"""The exponential moving average of the weights, sharded as they are."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class Average:
+    """An average of the trained parameters of a module, which begins with their values.
+
+    Every rank averages its own shards, so it costs 4 bytes a parameter over the ranks of a copy and no
+    communication.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        """No average with ``decay`` 0."""
+        self.decay = decay
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad and decay}
+        self.weights: dict[str, Tensor] = {name: p.detach() for name, p in trained.items()}
+        self.averages = {name: weight.clone() for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the weights; after every step."""
+        if self.averages:
+            torch._foreach_lerp_(_local(self.averages), _local(self.weights), 1 - self.decay)
+
+    @torch.no_grad()
+    def give(self) -> None:
+        """Put the average in the place of the weights; after the last step."""
+        if self.averages:
+            torch._foreach_copy_(_local(self.weights), _local(self.averages))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        return {f"average.{name}": tensor for name, tensor in self.averages.items()}
+
+
+def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
