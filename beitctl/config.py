@@ -6,7 +6,7 @@ The classes are plain dataclasses that pydantic reads from a recipe table: unkno
 from dataclasses import dataclass
 from typing import Any, Literal
 
-STRICT: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
+STRICT: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True, "allow_inf_nan": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +179,10 @@ class OptimConfig:
             raise ValueError(f"peak_lr ({self.peak_lr}) must be positive")
         if not 0 <= self.min_lr <= self.peak_lr:
             raise ValueError(f"min_lr ({self.min_lr}) must lie in 0..peak_lr ({self.peak_lr})")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must not be negative")
+        _not_negative(self, "warmup_steps")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas ({self.betas}) must be at least 0 and below 1")
-        if self.weight_decay < 0 or self.clip_norm < 0:
-            raise ValueError("weight_decay and clip_norm must not be negative")
+        _not_negative(self, "weight_decay", "clip_norm")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay ({self.layer_decay}) must be above 0 and at most 1")
 
@@ -254,26 +252,29 @@ class TrainConfig:
         for name in ("steps", "keep_checkpoints", "log_every_steps", "save_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.hang_minutes < 0:
-            raise ValueError(f"hang_minutes ({self.hang_minutes}) must not be negative")
+        _not_negative(self, "hang_minutes", "micro_samples", "workers", "max_minutes", "seed")
         if self.save_every_minutes <= 0:
             raise ValueError(f"save_every_minutes ({self.save_every_minutes}) must be positive")
-        if self.micro_samples < 0 or self.workers < 0 or self.max_minutes < 0 or self.seed < 0:
-            raise ValueError("micro_samples, workers, max_minutes and seed must not be negative")
         self._check_engine()
-        if self.optim.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.steps})")
+        if (warmup := self.optim.warmup_steps) > self.steps:
+            raise ValueError(f"optim.warmup_steps ({warmup}) must not exceed steps ({self.steps})")
 
     def _check_engine(self) -> None:
         if not 0 < self.memory_budget <= 1:
             raise ValueError(f"memory_budget ({self.memory_budget}) must be above 0 and at most 1")
         if self.memory_budget < 1 and (self.compile == "off" or self.recompute):
             raise ValueError(
-                'memory_budget needs compiled blocks: compile = "off" or recompute = true excludes it'
+                f"memory_budget ({self.memory_budget}) must be 1 unless blocks are compiled: "
+                'compile = "off" and recompute = true exclude it'
             )
-        if self.shard_ranks < 0 or self.max_rollbacks < 0 or self.keep_every_hours < 0:
-            raise ValueError("shard_ranks, max_rollbacks and keep_every_hours must not be negative")
+        _not_negative(self, "shard_ranks", "max_rollbacks", "keep_every_hours")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay ({self.ema_decay}) must be at least 0 and below 1")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
-            raise ValueError(f"profile {list(self.profile)} must be [first step, last step], counted from 1")
+            raise ValueError(f"profile ({list(self.profile)}) must be [first step, last step], from 1 on")
+
+
+def _not_negative(settings: Any, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{name} ({getattr(settings, name)}) must not be negative")

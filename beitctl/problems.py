@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -38,6 +39,9 @@ EXPECTED = {
     "dataclass_type": "a table",
 }
 """Pydantic's error types to what the value must be."""
+MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
+FIELD = re.compile(r"([\w.]+) \((.*?)\) (must .*)", re.DOTALL)
+"""How the check of a whole table names the one setting that is wrong, and its value."""
 _ABSENT = object()
 
 
@@ -55,8 +59,17 @@ def explain(error: ValidationError, model: Any, table: Mapping[str, Any]) -> lis
         keys = _keys(detail["loc"], table)
         if detail["type"] == "kind_unknown":
             keys = (*keys, "kind")
-        found.append((keys, _message(detail, keys, model, table)))
+        found.append(_at_field(keys, _message(detail, keys, model, table), model, table))
     return found
+
+
+def _at_field(keys: Keys, message: str, model: Any, table: Mapping[str, Any]) -> tuple[Keys, str]:
+    """A problem of a table at the setting that its message names, if it names one."""
+    named = FIELD.fullmatch(message)
+    names = named[1].split(".") if named else [""]
+    if named is None or names[0] not in _fields(_opened(*_hint_at(keys, model, table))):
+        return keys, message
+    return (*keys, *names), f"{named[3]}, found {named[2]}"
 
 
 def field_names(model: Any) -> list[str]:
@@ -114,7 +127,9 @@ def _message(detail: ErrorDetails, keys: Keys, model: Any, table: Mapping[str, A
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         opened = _opened(*_hint_at(keys[:-1], model, table))
         return f"unknown key{suggest(str(keys[-1]), field_names(opened))}"
-    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+    if kind in (*MISSING, "too_long") and (wrong := _number_of_entries(keys, model, table)):
+        return wrong
+    if kind in MISSING:
         return f"missing key, expected {_noun(_hint_at(keys, model, table)[0])}"
     if kind in EXPECTED:
         return f"must be {EXPECTED[kind]}, found {shown(value)}"
@@ -124,6 +139,15 @@ def _message(detail: ErrorDetails, keys: Keys, model: Any, table: Mapping[str, A
     if message.startswith("Input should be "):
         return f"must be {message.removeprefix('Input should be ')}, found {shown(value)}"
     return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+
+
+def _number_of_entries(keys: Keys, model: Any, table: Mapping[str, Any]) -> str:
+    """What is wrong with the length of a list of which every entry has its meaning; empty if it is none."""
+    hint, value = _hint_at(keys, model, table)
+    opened = _opened(hint, value)
+    if get_origin(opened) is not tuple or not isinstance(value, list):
+        return ""
+    return f"must be a list of {len(get_args(opened))} entries, found one of {len(value)}"
 
 
 def _hint_at(keys: Keys, model: Any, table: Any) -> tuple[Hint, Any]:

@@ -1,4 +1,4 @@
-"""What ranks do together with files: all of them succeed, or all raise the same error."""
+"""What ranks do together: all of them succeed, or all raise the same error."""
 
 import errno
 from collections.abc import Callable
@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from beitctl.engine.dist import Ranks
-from beitctl.errors import BeitctlError, CapacityError, DataError, DivergedError, UserError
+from beitctl.errors import BeitctlError, CapacityError, DataError, DivergedError, SetupError, UserError
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 """Error numbers that mean: no more space."""
 ERRORS: dict[str, type[BeitctlError]] = {
-    kind.__name__: kind for kind in (UserError, DataError, CapacityError, DivergedError, BeitctlError)
+    kind.__name__: kind
+    for kind in (UserError, DataError, SetupError, CapacityError, DivergedError, BeitctlError)
 }
 
 T = TypeVar("T")
@@ -31,19 +32,7 @@ class Together:
         Raises:
             BeitctlError: the first that any rank met, the same on all ranks.
         """
-        outcome: dict[str, Any] = {}
-        own: Exception | None = None
-        try:
-            outcome["value"] = action()
-        except Exception as error:  # a rank that left the others waiting would hang them
-            own = error
-            outcome |= _described(error, self.folder)
-        outcomes = self.ranks.gather_objects(outcome)
-        for rank, other in enumerate(outcomes):
-            if "error" in other:
-                where = f" (rank {rank})" if self.ranks.world > 1 else ""
-                raise ERRORS[other["error"]](other["text"] + where) from own
-        return [other["value"] for other in outcomes]
+        return everywhere(self.ranks, action, lambda error: _translated(error, self.folder))
 
     def on_main(self, action: Callable[[], T]) -> Any:
         """What ``action`` returns on rank 0, on every rank.
@@ -54,11 +43,33 @@ class Together:
         return self.everywhere(lambda: action() if self.ranks.main else None)[0]
 
 
-def _described(error: Exception, folder: Path) -> dict[str, str]:
-    """An error as JSON."""
-    known = _translated(error, folder)
-    kind = next(name for name, kind in ERRORS.items() if isinstance(known, kind))
-    return {"error": kind, "text": str(known)}
+def everywhere(
+    ranks: Ranks, action: Callable[[], T], translated: Callable[[Exception], BeitctlError]
+) -> list[T]:
+    """What ``action`` returns on each rank, as JSON holds it; every rank calls it.
+
+    Raises:
+        BeitctlError: the first that any rank met, as ``translated`` says it, the same on all ranks.
+    """
+    outcome: dict[str, Any] = {}
+    own: Exception | None = None
+    try:
+        outcome["value"] = action()
+    except Exception as error:  # a rank that left the others waiting would hang them
+        own, known = error, translated(error)
+        kind = next(name for name, kind in ERRORS.items() if isinstance(known, kind))
+        outcome |= {"error": kind, "text": str(known)}
+    outcomes = ranks.gather_objects(outcome)
+    for rank, other in enumerate(outcomes):
+        if "error" in other:
+            where = f" (rank {rank})" if ranks.world > 1 else ""
+            raise ERRORS[other["error"]](other["text"] + where) from own
+    return [other["value"] for other in outcomes]
+
+
+def as_told(error: Exception) -> BeitctlError:
+    """An error of ours as it is, any other as a fault of ours."""
+    return error if isinstance(error, BeitctlError) else BeitctlError(f"unexpected error: {error!r}")
 
 
 def _translated(error: Exception, folder: Path) -> BeitctlError:

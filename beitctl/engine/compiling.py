@@ -7,23 +7,30 @@ serves all, where guessing which sizes stay the same compiles anew until torch g
 
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic
-from torch.nn.attention import activate_flash_attention_impl
+from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 from torch.utils.checkpoint import checkpoint
 
 from beitctl.config import TrainConfig
+from beitctl.engine.agreement import as_told, everywhere
+from beitctl.engine.dist import Ranks
 from beitctl.engine.selfcheck import require
+from beitctl.engine.session import Session
 from beitctl.errors import SetupError, UserError
 from beitctl.model.attention import chosen
 from beitctl.model.multiway import Block, Multiway
 
 Forward = Callable[..., Tensor]
+FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
 ROWS = 128
 """Text rows of a compiled batch are a multiple of this: the tile of a matrix product on a GPU."""
+GRAPHS = 64
+"""Most graphs of one function, where torch gives up: contrastive tasks run their blocks in several ways."""
 SETTLED = 3
 """Steps after which nothing may be compiled any more."""
 
@@ -39,14 +46,21 @@ def rows_multiple(config: TrainConfig, device: torch.device) -> int:
 
 
 def preparation(
-    config: TrainConfig, device: torch.device, warning: Callable[[str, str, str], None]
+    config: TrainConfig, ranks: Ranks, warning: Callable[[str, str, str], None]
 ) -> Callable[[nn.Module, torch.dtype], None]:
-    """What ``shard.sharded`` does to a module first; ``warning`` gets a code, a text and what to do."""
+    """What ``shard.sharded`` does to a module first; ``warning`` gets a code, a text and what to do.
 
-    def warn(text: str) -> None:
-        warning("W308", text, "beitctl doctor checks the compiler and the attention backends")
+    A rank that cannot do it takes all others with it, with the same error.
+    """
+    told = Session(ranks, Path(), warn=warning).warns_here("W308", "see docs/train.md, Speed")
 
-    return functools.partial(prepare, config=config, device=device, warn=warn)
+    def together(module: nn.Module, dtype: torch.dtype) -> None:
+        def own() -> None:
+            prepare(module, dtype, config=config, device=ranks.device, warn=told)
+
+        everywhere(ranks, own, as_told)
+
+    return together
 
 
 def prepare(
@@ -66,9 +80,11 @@ def prepare(
     for model in module.modules():
         if isinstance(model, Multiway):
             model.attention_backend = _backend(model, config, device, dtype)
+    torch._dynamo.reset()  # graphs of an earlier model were made with its memory budget
     if blocks and compiled(config, device):
         symbolic.use_duck_shape = False  # two sizes that are equal by chance are not the same size
         torch._functorch.config.activation_memory_budget = config.memory_budget
+        torch._dynamo.config.recompile_limit = GRAPHS
         if _compiler_works(config, device, warn):
             _wrap(blocks, lambda block: _Compiled(block, config.compile == "try", warn))
     elif config.memory_budget < 1:
@@ -99,10 +115,15 @@ def _backend(model: Multiway, config: TrainConfig, device: torch.device, dtype: 
         backend = chosen(config.attention_backend, model.config, device, dtype)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if backend == "varlen-fa3":
-        activate_flash_attention_impl("FA3")
+    restore_flash_attention_impl()
     if backend in ("varlen-fa3", "varlen-cudnn"):
-        require(backend, device, dtype, model.config.heads, model.config.width // model.config.heads)
+        if backend == "varlen-fa3":
+            activate_flash_attention_impl("FA3")
+        try:
+            require(backend, device, dtype, model.config.heads, model.config.width // model.config.heads)
+        except SetupError:
+            restore_flash_attention_impl()
+            raise
     return backend
 
 
@@ -118,7 +139,10 @@ def _compiler_works(config: TrainConfig, device: torch.device, warn: Callable[[s
 
 
 class _Compiled:
-    """The compiled forward pass of a block, or after a failure that the settings allow the plain one."""
+    """The compiled forward pass of a block, or after a failure that the settings allow the plain one.
+
+    Without gradients the plain one as well: what is measured comes in batches of other sizes each time.
+    """
 
     def __init__(self, block: Block, may_fail: bool, warn: Callable[[str], None]) -> None:
         self.plain, self.may_fail, self.warn = block.forward, may_fail, warn
@@ -126,9 +150,11 @@ class _Compiled:
         self.call: Forward = torch.compile(self.plain, fullgraph=True, dynamic=dynamic)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.plain(*args, **kwargs)
         try:
             return self.call(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except FAILURES as error:
             _failed(error, self.may_fail, self.warn)
             self.call = self.plain
             return self.plain(*args, **kwargs)

@@ -1,14 +1,25 @@
-"""Files that another machine has just written: a network file system may show them late."""
+"""Files of a run folder: those that other machines have just written, and lists that grow."""
 
+import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 PATIENCE = 60.0
 """Seconds to wait for a file that another rank has written."""
 PAUSE = 0.2
 """Seconds between two looks."""
+
+
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add JSON lines to a list; a disk that is full is told on stderr and ends no run."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        os.write(2, f"warning: {path} is incomplete: {error.strerror or error}\n".encode())
 
 
 def absent(folder: Path, names: Iterable[str]) -> list[str]:

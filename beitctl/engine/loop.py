@@ -42,11 +42,11 @@ def train(
     """Train until ``config.steps``, resuming from the newest checkpoint; yields after every step.
 
     ``learner(batch)`` gives the ``Sums`` of every term, ``learner.counts(batch)`` what each is averaged over,
-    and ``learner.weights`` their weights, the same terms in the same order on all ranks; a method
-    ``after_step`` is called after every update, for what no gradient moves, and ``flops(batch)`` gives the
-    operations of a pass. ``data[step]`` gives the batches of this rank in one step. A run that diverges goes
-    back to its last checkpoint and past the data since: step numbers then come again. Close the generator
-    when leaving it early.
+    and ``learner.weights`` their weights, the same terms in the same order on all ranks. Where it has them,
+    ``after_step`` is called after every update, for what no gradient moves, ``loaded`` after a checkpoint was
+    loaded, ``flops(batch)`` for the operations of a pass. ``data[step]`` gives this rank's batches of a step.
+    A run that diverges goes back to its last checkpoint and past the data since: step numbers then come
+    again. Close the generator when leaving it early.
 
     Raises:
         Stopped: SIGTERM, a ``stop`` file or the time limit; a checkpoint is written first.
@@ -57,7 +57,8 @@ def train(
             weights of the ranks no longer agree.
     """
     loop = _Loop(learner, data, config, session)
-    begin = loop.restore()
+    with memory.explained(0, (), config, session):
+        begin = loop.restore()
     session.started(begin)
     told = session.warns("W307", "run the step again with another window")
     window = Window(session.folder, session.ranks.rank, config.profile, told)
@@ -76,7 +77,7 @@ class _Loop:
         self.terms, self.weights = tuple(learner.weights), tuple(learner.weights.values())
         self.optimizer = optim.adamw(learner, config.optim, session.layers)
         self.average = Average(learner, config.ema_decay)
-        self.saves = Saves(config, session, self.tensors)
+        self.saves = Saves(config, session, self.tensors, getattr(learner, "loaded", lambda: None))
         self.quarantine = Quarantine(folder, self.ranks, config.max_bad_share, session.examples)
         spiked = session.warns("W304", 'on_spike = "rollback" goes past such data')
         self.guard = Guard(config, self.ranks.device, spiked)
@@ -85,7 +86,7 @@ class _Loop:
         self.watchdog = Watchdog(folder, self.ranks.rank, config.hang_minutes, self.ranks.world)
         self.flops: Callable[[Any], float] | None = getattr(learner, "flops", None)
         self.meter = Meter(self.ranks.device, self.ranks.world, remembered(self.ranks.device))
-        self.recompiles = Recompiles(session.warns("W309", "the run goes on, slower"))
+        self.recompiles = Recompiles(session.warns_here("W309", "the run goes on, slower"))
         self.collector, self.pace, self.start = Collector(), Pace(), time.monotonic()
 
     def tensors(self) -> Mapping[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from beitctl.engine import files
 from beitctl.engine.dist import Ranks
 from beitctl.errors import DataError
 
@@ -62,8 +63,7 @@ class Quarantine:
         self.reasons.update(added)
         if self.ranks.main:
             rows = [{"id": id, "reason": reason, "step": step} for id, reason in sorted(added.items())]
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            files.append(self.path, rows)
         for stream, examples in self.examples.items():
             self._judge(stream, examples)
         return added

@@ -4,13 +4,13 @@ The batches of a step are a pure function of its data index. That is the number 
 which grows with every rollback and stands in every checkpoint.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from beitctl.engine import files
 from beitctl.engine.checkpoint import Found
 from beitctl.engine.dist import Ranks
 from beitctl.engine.guard import Verdict
@@ -67,8 +67,7 @@ class Rollbacks:
                 "skipped": [found.step + offset, verdict.step + offset - 1], "data_offset": new,
                 "time": time.time(),
             }  # fmt: skip
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            files.append(self.path, [row])
         return new
 
     def _refusal(self, verdict: Verdict, found: Found | None) -> str:

@@ -17,10 +17,18 @@ class Saves:
     """The checkpoints of a loop; every method is called by all ranks."""
 
     def __init__(
-        self, config: TrainConfig, session: Session, tensors: Callable[[], Mapping[str, Tensor]]
-    ) -> None:
-        """None saved so far; ``tensors`` gives everything that a checkpoint holds."""
-        self.config, self.session, self.tensors = config, session, tensors
+        self, config: TrainConfig, session: Session, tensors: Callable[[], Mapping[str, Tensor]],
+        loaded: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """None saved so far.
+
+        Args:
+            config: how often to save, and how.
+            session: where.
+            tensors: gives everything that a checkpoint holds.
+            loaded: called when they have been filled.
+        """
+        self.config, self.session, self.tensors, self.loaded = config, session, tensors, loaded
         self.checkpoints = Checkpoints(
             session.folder / "checkpoints", session.ranks, config.keep_checkpoints,
             session.warns("W302", "look at the disk; the run goes on"),
@@ -60,6 +68,7 @@ class Saves:
     def load(self, found: Found) -> None:
         """Fill the tensors with what a checkpoint holds."""
         self.checkpoints.load(found, self.tensors())
+        self.loaded()
         self.committed, self.due = found.step, False
 
     def save(self, step: int, meta: Mapping[str, Any], *, last: bool) -> None:

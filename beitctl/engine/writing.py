@@ -113,7 +113,10 @@ class Writing:
             )
         manifest.write(draft, body)
         draft.rename(path)
-        manifest.sync(self.kept.folder)
+        try:
+            manifest.sync(self.kept.folder)
+        except OSError as error:  # it is whole and in its place; only a power cut could still take it
+            self.warn(f"{path} is written, but {self.kept.folder} cannot be synchronised: {error.strerror}")
         self.kept.retire(self.warn)
 
 

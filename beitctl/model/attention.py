@@ -167,20 +167,23 @@ def _grid(kind: str, rows: Any, plan: BatchPlan, config: ModelConfig, device: to
             if mask is None
             else mask & _causal(plan.picture_tokens, longest)
         )
-    index = None
-    if config.position != "absolute":
-        text = longest - (plan.picture_tokens if kind == "pair" else 0)
-        index = {
-            "image": lambda: relative.picture_index(config.grid),
-            "pair": lambda: relative.pair_index(text, config),
-            "text": lambda: relative.text_index(text, config),
-        }[kind]()
     return Grid(
         rows.shape[0],
         longest,
         None if mask is None else _on(device, mask),
-        None if index is None else _on(device, index),
+        None if config.position == "absolute" else _on(device, _positions(kind, longest, plan, config)),
     )
+
+
+def _positions(kind: str, longest: int, plan: BatchPlan, config: ModelConfig) -> Any:
+    """(M, M) rows of the table of relative positions; any of fillers that are longer than a text."""
+    if kind == "image":
+        return relative.picture_index(config.grid)
+    if kind == "pair":
+        return relative.pair_index(longest - plan.picture_tokens, config)
+    if longest > config.text_tokens:
+        return np.zeros((longest, longest), np.int64)
+    return relative.text_index(longest, config)
 
 
 def _causal(picture: int, longest: int) -> Any:

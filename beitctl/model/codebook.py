@@ -105,6 +105,10 @@ class Upkeep(nn.Module):
         for buffer in (self.usage, self.idle, self.pool, self.pooled, self.steps):
             buffer.zero_()
         self.share.fill_(1 / len(self.share))
+        self.loaded()
+
+    def loaded(self) -> None:
+        """Buffers hold other values now: forget what was known of them, and passes without a step."""
         self._pending, self._soft, self._known = {}, None, None
 
     @property

@@ -7,6 +7,7 @@ of a GPU keep; it does not see the workspace of kernels, the allocator or NCCL. 
 out: it works in place.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from beitctl.data.batch import Batch, Portion, collate
 from beitctl.engine import optim
-from beitctl.engine.compiling import preparation
+from beitctl.engine.compiling import prepare
 from beitctl.engine.dist import Ranks
 from beitctl.engine.learner import MultiwayLearner, Objective
 from beitctl.engine.shard import sharded
@@ -127,7 +128,7 @@ def _learner(work: Work, ranks: Ranks) -> Any:
         ranks,
         "bf16" if compute_bytes(work.train.precision) == 2 else "fp32",
         lambda name, shape: torch.empty(shape),
-        prepare=preparation(settings, CPU, lambda code, text, fix: None),
+        prepare=functools.partial(prepare, config=settings, device=CPU, warn=lambda text: None),
     )
 
 

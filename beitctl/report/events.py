@@ -18,6 +18,7 @@ which ``float()`` reads.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -33,6 +34,10 @@ from beitctl.report.progress import Progress
 VERSION = 1
 EVENTS = "events.jsonl"
 MEDIA = "media"
+PASSING = ("step", "samples", "note", "warning", "checkpoint")
+"""Records without which a run goes on when the disk is full."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers that mean: no more space."""
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -89,6 +94,7 @@ class EventLog:
         self._active = active
         self._file: BinaryIO | None = None
         self._step: int | None = None
+        self._full = False
         # JSON lines on the same terminal would tear a live block apart
         live = not (json_stdout and sys.stdout.isatty())
         self._progress = Progress(stage, quiet=quiet or not active, live=live)
@@ -172,10 +178,21 @@ class EventLog:
         line = json.dumps(record, allow_nan=False) + "\n"
         if self._file is None:
             self._file = _reopen(self.folder / EVENTS)
-        _append(self._file, line.encode())
+        try:
+            _append(self._file, line.encode())
+        except OSError as error:
+            if event not in PASSING or error.errno not in FULL:
+                raise
+            self._lost(error)
         if self._json_stdout:
             sys.stdout.write(line)
             sys.stdout.flush()
+
+    def _lost(self, error: OSError) -> None:
+        """Say once that the log has gaps; training does not end for it."""
+        if not self._full:
+            self._full = True
+            self._progress.line(f"warning: {self.folder / EVENTS} has gaps from here on: {error.strerror}")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

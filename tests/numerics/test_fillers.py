@@ -146,3 +146,24 @@ def test_text_that_sees_no_later_words_is_read_padded():
         torch.randn(2, 3, 12, 12, dtype=torch.float64), torch.randint(0, 30, (2, 5)), causal_text=True
     )
     assert packed.layout.backend == "padded"
+
+
+@pytest.mark.parametrize("position", ["relative-shared", "relative-per-block"])
+def test_fillers_longer_than_a_text_change_nothing_where_positions_are_relative(position):
+    model = model_of({"attention": "shared", "position": position})
+    plan, pixels, mask, ids, keep = inputs(model, CASES["all"])
+    expected = gradients(model, Packed(model.layout(plan), pixels, mask, ids, keep), slice(None))
+    made = with_fillers(plan, 64)
+    assert min(made.fillers) > model.config.text_tokens + 3
+    pairs, texts = sum(plan.pair_lengths), sum(plan.text_lengths)
+    all_ids = torch.cat(
+        [ids[:pairs], ids.new_zeros(made.fillers[0]), ids[pairs:], ids.new_zeros(made.fillers[1])]
+    )
+    real = torch.ones(made.tokens, dtype=torch.bool)
+    real[plan.cuts[1] + pairs : made.cuts[2]] = False
+    real[made.cuts[2] + texts :] = False
+    before = plan.images + plan.pairs
+    one = torch.ones(3, 2, 1, dtype=torch.float64)
+    keep = torch.cat([keep[:, :, :before], one, keep[:, :, before:], one], 2)
+    found = gradients(model, Packed(model.layout(made), pixels, mask, all_ids, keep), real)
+    assert max(differences(found, expected).values()) < 100 * TOLERANCE

@@ -160,6 +160,24 @@ def test_it_goes_on_from_its_buffers():
     assert torch.equal(whole.pool, second.pool)
 
 
+def test_after_a_return_to_an_earlier_state_it_starts_again_from_that_state():
+    found = made(start_after=3)
+    step(found, cloud(1))
+    before = {name: value.clone() for name, value in [*found.named_buffers(), *found.book.named_buffers()]}
+    for seed in (2, 3):
+        step(found, cloud(seed))
+    once = found.book.vectors.clone()
+    found.see(cloud(9), None, torch.arange(PICTURES), found.chosen(torch.arange(PICTURES), PATCHES))
+    for name, value in [*found.named_buffers(), *found.book.named_buffers()]:
+        value.copy_(before[name])
+    found.loaded()
+    assert not found.awake
+    for seed in (2, 3):
+        step(found, cloud(seed))
+    assert found.awake
+    assert torch.equal(found.book.vectors, once)
+
+
 def test_crowded_codes_cost_more_than_rare_ones():
     found = ready(made(codes=2, pictures=1), unit(0.0, 3.0))
     found.share.copy_(torch.tensor([0.9, 0.1]))

@@ -126,6 +126,25 @@ def test_recomputed_blocks_give_the_same_gradients_and_run_twice(monkeypatch):
     assert len(calls) == 2 * (in_lower + in_upper)
 
 
+@pytest.mark.usefixtures("quickly")
+def test_without_gradients_nothing_is_compiled_whatever_the_sizes():
+    model = model_of(PICTURES, CONFIG)
+    before = counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        for count in range(1, 13):
+            model.encode(Packed(model.layout(plan_of(17, count, [], [])), torch.zeros(count, 3, 16, 16)))
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_model_of_a_later_stage_does_not_use_up_the_graphs_of_the_first():
+    for count in range(4):
+        model = model_of(replace(PICTURES, width=16 + 2 * count), CONFIG)
+        gradients(model, batch(model))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
+    assert torch._dynamo.config.recompile_limit == 64
+
+
 class Broken:
     """Stands for ``torch.compile`` where the compiler is there but cannot compile blocks."""
 
@@ -146,6 +165,16 @@ def test_a_block_that_does_not_compile_ends_the_run(monkeypatch):
     model = model_of(PICTURES, CONFIG)
     with pytest.raises(SetupError, match=r'cannot be compiled: TorchDynamoException: no; .* compile = "off"'):
         model.encode(batch(model))
+
+
+@pytest.mark.usefixtures("quickly")
+def test_more_kinds_of_batches_than_torch_compiles_end_the_run_in_words(monkeypatch):
+    monkeypatch.setattr(compiling, "GRAPHS", 1)
+    model = model_of(PICTURES, CONFIG)
+    few, more = (Packed(model.layout(plan_of(17, n, [], [])), torch.zeros(n, 3, 16, 16)) for n in (2, 5))
+    model.encode(few)
+    with pytest.raises(SetupError, match=r"cannot be compiled: FailOnRecompileLimitHit"):
+        model.encode(more)
 
 
 def test_with_try_a_block_that_does_not_compile_runs_without_and_that_is_told(monkeypatch):

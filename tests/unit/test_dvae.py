@@ -267,6 +267,25 @@ def test_the_running_mean_stays_a_distribution():
     assert float(found.share.sum()) == pytest.approx(1.0)
 
 
+def test_a_pass_that_is_not_finite_changes_no_count():
+    found = learner()
+    found(shots())
+    found.after_step()
+    share, usage = found.share.clone(), found.usage.clone()
+    found(shots(opens=False))
+    found.pending[0, 0] = float("nan")
+    found.after_step()
+    assert torch.equal(found.share, share)
+    assert torch.equal(found.usage, usage)
+
+
+def test_passes_without_a_step_do_not_count_after_a_checkpoint_was_loaded():
+    found = learner()
+    found(shots())
+    found.loaded()
+    assert not found.pending.any()
+
+
 def use(used, codes=100, uses=50):
     return torch.zeros(codes).index_fill_(0, torch.arange(used), uses / max(1, used))
 

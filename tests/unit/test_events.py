@@ -164,13 +164,24 @@ def test_a_complete_last_line_without_newline_is_kept(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_reaches_the_caller(tmp_path):
+def test_a_full_disk_reaches_the_caller_of_what_counts(tmp_path):
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     with (
         EventLog(tmp_path, stage="s", recipe="r", run="x", quiet=True) as log,
         pytest.raises(OSError, match="No space left"),
     ):
-        log.note("a")
+        log.evaluation("held out", 1, {"loss": 1.0})
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_leaves_gaps_among_steps_and_warnings_and_is_told_once(tmp_path, capsys):
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    with EventLog(tmp_path, stage="s", recipe="r", run="x") as log:
+        log.step(1, 2, {"loss": 1.0})
+        log.warning("W302", "no room for a checkpoint", "make room")
+    err = capsys.readouterr().err
+    assert err.count("has gaps from here on: No space left on device") == 1
+    assert "no room for a checkpoint" in err
 
 
 def test_a_write_that_the_disk_cuts_short_leaves_no_torn_line(tmp_path):

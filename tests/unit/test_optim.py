@@ -73,7 +73,7 @@ def test_no_limit_leaves_gradients_alone():
         ({"peak_lr": 1.0, "min_lr": 2.0}, r"min_lr \(2.0\) must lie in 0..peak_lr"),
         ({"peak_lr": 1.0, "warmup_steps": -1}, r"warmup_steps \(-1\) must not be negative"),
         ({"peak_lr": 1.0, "betas": (0.9, 1.0)}, "betas .* must be at least 0 and below 1"),
-        ({"peak_lr": 1.0, "weight_decay": -1.0}, "weight_decay and clip_norm must not be negative"),
+        ({"peak_lr": 1.0, "weight_decay": -1.0}, r"weight_decay \(-1.0\) must not be negative"),
         ({"peak_lr": 1.0, "layer_decay": 0.0}, r"layer_decay \(0.0\) must be above 0"),
     ],
 )

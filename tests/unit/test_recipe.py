@@ -149,7 +149,22 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file():
         (
             "steps = 3",
             "steps = 3\nwidth = 5",
-            "12:11  pretrain.train: width (5) must be a multiple of heads (2)",
+            "14:1  pretrain.train.width must be a multiple of heads (2), found 5",
+        ),
+        (
+            "lr = 1e-3 }",
+            "lr = 1e-3, betas = [0.9] }",
+            "14:22  pretrain.train.optim.betas must be a list of 2 entries, found one of 1",
+        ),
+        (
+            "lr = 1e-3 }",
+            "lr = 1e-3, betas = [0.9, 0.9, 0.9] }",
+            "14:22  pretrain.train.optim.betas must be a list of 2 entries, found one of 3",
+        ),
+        (
+            "lr = 1e-3",
+            "lr = nan",
+            "14:11  pretrain.train.optim.lr must be a finite number, found the number nan",
         ),
         ("seeds = [0, 1]", "samples = 13", "23:11  finetune.second: samples must not be 13"),
         ('tokens = "none"', "both = []", "6:1  pretrain.both must be a whole number, found an empty list"),

@@ -60,6 +60,7 @@ def test_of_several_sets_of_a_key_the_last_counts():
     [
         ("pretrain.train.stepz=1", "pretrain.train.stepz: unknown key, did you mean 'steps'?"),
         ("pretrain.train.steps=!", "pretrain.train.steps: missing key, expected a whole number"),
+        ("pretrain.train.width=5", "pretrain.train.width must be a multiple of heads (2), found 5"),
         ("pretrain.train={}", "pretrain.train.steps: missing key, expected a whole number"),
         (
             "pretrain.tasks+={}",

@@ -52,6 +52,13 @@ def test_what_is_written_down_reads_back_the_same(preset):
     assert VQKD.model_validate({**table, "teacher": Nobody()}).model_dump() == found.model_dump()
 
 
+def test_an_average_of_the_weights_is_refused():
+    with pytest.raises(
+        ValidationError, match=r"train.ema_decay \(0.9\) must be 0: codes belong to the encoder"
+    ):
+        made(train={"steps": 20, "optim": {"peak_lr": 1e-3}, "ema_decay": 0.9})
+
+
 def test_an_unknown_preset_is_named():
     with pytest.raises(ValidationError, match="preset"):
         made(preset="tiny")

@@ -94,7 +94,7 @@ def build(
     """
     learner: MultiwayLearner = sharded(
         make, ranks, config.precision, initial,
-        prepare=preparation(config, ranks.device, job.log.warning), shard_ranks=config.shard_ranks,
+        prepare=preparation(config, ranks, job.log.warning), shard_ranks=config.shard_ranks,
     )  # fmt: skip
     return learner
 

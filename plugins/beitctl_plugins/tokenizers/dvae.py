@@ -178,7 +178,7 @@ class DVAE(Plugin):
             ranks,
             self.train_config.precision,
             lambda name, shape: initial_dvae(name, shape, self.train_config.seed),
-            prepare=preparation(self.train_config, ranks.device, job.log.warning),
+            prepare=preparation(self.train_config, ranks, job.log.warning),
             shard_ranks=self.train_config.shard_ranks,
         )
         self._loop(learner, streams, ranks, job)

@@ -182,8 +182,14 @@ class DVAELearner(nn.Module):
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.pending)
         likely, best = self.pending
-        self.share.mul_(MEMORY).add_(likely / likely.sum().clamp(min=1), alpha=1 - MEMORY)
-        self.usage += best
+        finite = torch.isfinite(likely).all()  # else the optimizer has skipped the step
+        mean = self.share * MEMORY + likely / likely.sum().clamp(min=1) * (1 - MEMORY)
+        self.share.copy_(torch.where(finite, mean, self.share))
+        self.usage += torch.where(finite, best, 0)
+        self.pending.zero_()
+
+    def loaded(self) -> None:
+        """Called by the loop when a checkpoint was loaded: passes without a step do not count."""
         self.pending.zero_()
 
     @torch.no_grad()

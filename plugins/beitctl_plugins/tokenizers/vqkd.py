@@ -134,6 +134,15 @@ class VQKD(Plugin):
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the picture that a crop shows."""
 
+    @model_validator(mode="after")
+    def _unaveraged(self) -> "VQKD":
+        if self.train_config.ema_decay:
+            raise ValueError(
+                f"train.ema_decay ({self.train_config.ema_decay:g}) must be 0: codes belong to the encoder as "
+                "it is, an averaged one would assign others"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, table: Any) -> Any:
@@ -176,7 +185,7 @@ class VQKD(Plugin):
             ranks,
             self.train_config.precision,
             lambda name, shape: initial(name, shape, encoder, seed),
-            prepare=preparation(self.train_config, ranks.device, job.log.warning),
+            prepare=preparation(self.train_config, ranks, job.log.warning),
             shard_ranks=self.train_config.shard_ranks,
         ).teach(teacher)
         if self.centre:

@@ -133,6 +133,10 @@ class VQKDLearner(nn.Module):
         """Called by the loop when the optimizer has stepped."""
         self.upkeep.after_step()
 
+    def loaded(self) -> None:
+        """Called by the loop when a checkpoint was loaded."""
+        self.upkeep.loaded()
+
     def counts(self, batch: Views) -> dict[str, float]:
         return dict.fromkeys(self.weights, float(len(batch.small) * self.model.encoder.config.patches))
 
