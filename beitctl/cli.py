@@ -200,11 +200,12 @@ def _stage_command(label: str) -> Any:
         catalog.plugin(STAGES, name)
         found, keys = running.stage_tables(name, recipe, settings, only, smoke=smoke)
         running.check_places(found, keys, out, allow)
-        if verify:
-            return running.show(catalog.verified(found, keys, out), as_json)
-        if dry_run:
-            return running.show({key: found.tables[key].plugin.plan() for key in keys}, as_json)
         request = Request(nodes, gpus, partition, time, tuple(slurm))
+        if verify or dry_run:
+            running.check_unused("--verify" if verify else "--dry-run", request, max_time, where)
+            found_out = catalog.verified(found, keys, out) if verify else running.plans(found, keys)
+            return running.show(found_out, as_json)
+        running.check_shards(found, keys, request, job=where is not None)
         running.processes(context, found, request, max_time, where=where, logs=out, as_json=as_json)
         options = running.options(context, found, as_json, out=out, resume=resume, allow=allow)
         running.run_stage(context, running.pipeline(found, options), keys)
@@ -233,11 +234,13 @@ def _run(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Run all stages of a recipe in order, except those that are done."""
     found = running.load(recipe, settings)
-    if dry_run:
-        return running.show({key: table.plugin.plan() for key, table in found.tables.items()}, as_json)
     if until is not None:
         running.check_until(found, until)
     request = Request(nodes, gpus, partition, time, tuple(slurm))
+    if dry_run:
+        running.check_unused("--dry-run", request, max_time, where)
+        return running.show(running.plans(found, list(found.tables)), as_json)
+    running.check_shards(found, list(found.tables), request, job=where is not None)
     running.processes(context, found, request, max_time, where=where, logs=out, as_json=as_json)
     options = running.options(context, found, as_json, root=out, resume=not force)
     running.run_recipe(context, running.pipeline(found, options), until)

@@ -4,6 +4,7 @@ All of it is refused by name. ``--allow KEY`` permits what a checkpoint can go o
 what was permitted.
 """
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Any
 
 from beitctl import runs, settings
 from beitctl.errors import DataError, UserError
-from beitctl.problems import suggest
 from beitctl.recipe import StageTable
 from beitctl.runs import Identity, Run
 
@@ -33,6 +33,12 @@ REASONS = {
 """Parts of dotted keys that no run can go on with, and why."""
 SOURCES = {"source", "sources", "held_out"}
 """Parts of keys of data, which a run can change whatever they are called further down."""
+OWN_FILES = {
+    runs.MANIFEST, runs.LOCK, runs.SLURM, "recipe.toml", "resolved.toml", "events.jsonl", "report.html",
+}  # fmt: skip
+"""What is in the folder of every run, whatever its stage has done."""
+CLOSE = 0.8
+"""How alike a name must be to be what was meant: keys of one table begin alike."""
 LONGEST = 60
 """Characters of a value that a message shows."""
 
@@ -92,6 +98,16 @@ def changes(run: Run, table: StageTable, identity: Identity, parents: Mapping[st
     return found
 
 
+def nothing_done(run: Run, table: StageTable) -> bool:
+    """Whether a run has not come so far that anything could go on from it: no checkpoint, or not a file."""
+    if run.ok:
+        return False
+    if _trains(table):
+        saved = [path for path in run.folder.rglob("checkpoints/step-*") if path.suffix != ".tmp"]
+        return not saved
+    return {path.name for path in run.folder.iterdir()} <= OWN_FILES
+
+
 def check(run: Run, table: StageTable, found: Sequence[Change], allow: Sequence[str], advice: str) -> None:
     """Let a run go on with what has changed, if all of it is allowed.
 
@@ -99,7 +115,7 @@ def check(run: Run, table: StageTable, found: Sequence[Change], allow: Sequence[
         UserError: something is not allowed, or cannot be; names it all.
         DataError: only the data are others.
     """
-    _known(table, run, found, allow)
+    refuse_unknown(table, run, allow, {change.key for change in found})
     allowed = {_within(table, key) for key in allow}
     lines, open_ = [], []
     for change in found:
@@ -110,7 +126,7 @@ def check(run: Run, table: StageTable, found: Sequence[Change], allow: Sequence[
             open_.append(change.key)
     if lines:
         listed = "".join(f"\n  {line}" for line in lines)
-        able = next(settings.trainings(table.plugin), None) is not None and len(open_) == len(lines)
+        able = _trains(table) and len(open_) == len(lines)
         goes_on = f"--out {run.folder} {' '.join(f'--allow {key}' for key in open_)}"
         again = f"to go on with it all the same: {goes_on}; else " if able else ""
         if [change.key for change in found] == [DATA]:
@@ -141,15 +157,16 @@ def records(run: Run, found: Iterable[Change], identity: Identity) -> list[dict[
 
 
 def told(record: Mapping[str, Any]) -> tuple[str, str]:
-    """A record as a warning, and what to do about it."""
+    """A record as a warning, and what to do about it; empty where that is nothing."""
     if record["key"] == CODE:
         return (
             f"the code is not what this run began with ({record['old']}, now {record['new']})",
-            "nothing, if the change touches no result; else begin a new run",
+            "if the change touches results, begin a new run",
         )
     return (
-        f"going on with {Change(record['key'], record['old'], record['new'])}",
-        "it was asked for with --allow; manifest.json keeps it under drift",
+        f"going on with {Change(record['key'], record['old'], record['new'])}, as --allow says; manifest.json "
+        "keeps it under drift",
+        "",
     )
 
 
@@ -171,29 +188,46 @@ class _Absent:
 _ABSENT = _Absent()
 
 
-def _known(table: StageTable, run: Run, found: Sequence[Change], allow: Sequence[str]) -> None:
-    """Refuse to allow what does not exist, or what no run can go on with."""
+def refuse_unknown(
+    table: StageTable, run: Run, allow: Sequence[str], changed: Iterable[str] = ()
+) -> None:
+    """Refuse to allow what does not exist, or what no run can go on with.
+
+    Args:
+        table: as it is asked for now.
+        run: the one that is to go on.
+        allow: keys from the command line.
+        changed: keys that may be allowed besides those of settings.
+
+    Raises:
+        UserError: names the key, and one that is close.
+    """
     if not allow:
         return
-    if next(settings.trainings(table.plugin), None) is None:
+    if not _trains(table):
         raise UserError(
             f"--allow {allow[0]}: [{table.key}] does not train, so there is no checkpoint to go on from with "
             "other settings; begin a new run"
         )
-    known = {*settings.lasting(table.plugin), *run.manifest.get("settings", {}), DATA, TORCH, CODE}
-    known |= {change.key for change in found}
-    free = set(settings.flat(table.plugin)) - known
+    then = run.manifest.get("settings", {})
+    known = {*settings.flat(table.plugin), *then, *changed, DATA, TORCH, CODE}
     for given in allow:
         key = _within(table, given)
-        if key not in known | free:
+        if key not in known:
             below = sorted(name for name in known if name.startswith(f"{key}."))
-            hint = f"; name each setting, such as {below[0]}" if below else suggest(key, known)
+            close = difflib.get_close_matches(key, known, n=1, cutoff=CLOSE)
+            hint = f"; name each setting, such as {below[0]}" if below else ""
+            hint = hint or (f", did you mean '{close[0]}'?" if close else "")
             raise UserError(
                 f"--allow {given}: [{table.key}] has no such setting, nor is it data or torch{hint}"
             )
         refusal = Change(key, 0, 0).refusal
         if refusal and not key.endswith("ema_decay"):
             raise UserError(f"--allow {given}: cannot be allowed: {refusal}; begin a new run")
+
+
+def _trains(table: StageTable) -> bool:
+    return next(settings.trainings(table.plugin), None) is not None
 
 
 def _within(table: StageTable, key: str) -> str:

@@ -1,15 +1,21 @@
 """What an exception means to the person at the terminal: the exit code, and one line of text."""
 
+import contextlib
 import errno
 import os
 import re
 import sys
 import traceback
+from datetime import timedelta
+from typing import Any
 
-from beitctl.errors import BeitctlError, Interrupted, Stopped
+from beitctl.errors import BeitctlError, Interrupted, Stopped, UserError
 
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 FULL = (errno.ENOSPC, errno.EDQUOT)
+PATIENCE = timedelta(seconds=5)
+"""How long a process that ends waits to hear what the others end with."""
+SAID, HEARD = "beitctl/said", "beitctl/heard"
 PEER_GONE = re.compile(
     r"gloo/.*(closed by peer|reset by peer|Broken pipe)"
     r"|ncclRemoteError|Did the remote server shutdown or crash",
@@ -77,6 +83,32 @@ def show(error: BaseException) -> int:
         sys.stderr.write("".join(f"{start}{line}\n" for line in _lines(error)))
         sys.stderr.flush()
     return code
+
+
+def told_by_main(store: Any, world: int, error: BaseException) -> bool:
+    """Whether rank 0 ends with the same words, so that this process need not say them too.
+
+    Every process that ends with an error of the user calls this; of others it is never true. Rank 0 waits
+    until the others have heard it, because the store may be its own and end with it. Where rank 0 has no
+    error, or is gone, each process speaks for itself.
+
+    Args:
+        store: where the processes met; None where there is but one.
+        world: number of processes.
+        error: what this process ends with.
+    """
+    own, alike = rank(), False
+    if store is None or not isinstance(error, UserError):
+        return False
+    with contextlib.suppress(RuntimeError):  # torch's errors of a store that is silent, or gone
+        if own == 0:
+            store.set(SAID, str(error))
+            store.wait([f"{HEARD}/{other}" for other in range(1, world)], PATIENCE)
+        else:
+            store.wait([SAID], PATIENCE)
+            alike = bool(store.get(SAID).decode() == str(error))
+            store.set(f"{HEARD}/{own}", "")
+    return alike
 
 
 def rank() -> int:

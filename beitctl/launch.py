@@ -32,24 +32,24 @@ def world(env: Mapping[str, str]) -> int:
     return int(given) if given.isdigit() else 1
 
 
-def needed(gpus: int, env: Mapping[str, str]) -> bool:
-    """Whether this process has to start ``gpus`` others; checks the number.
+def needed(gpus: int | None, env: Mapping[str, str]) -> bool:
+    """Whether this process has to start ``gpus`` others; checks the number. None: none was asked for.
 
     Raises:
         UserError: ``gpus`` is below 1, or not what torchrun or Slurm has started here.
         SetupError: more than the machine has.
     """
+    if gpus is None:
+        return False
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: must be at least 1")
-    if gpus == 1:
-        return False
     if "WORLD_SIZE" in env or world(env) > 1:
         _agree(gpus, env)
         return False
     present = _gpus(env)
     if 0 < present < gpus:
         raise SetupError(f"--gpus {gpus}: this machine offers {present}; use --gpus {present} or less")
-    return True
+    return gpus > 1
 
 
 def _agree(gpus: int, env: Mapping[str, str]) -> None:

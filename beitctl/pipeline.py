@@ -27,6 +27,8 @@ class Ranks(Protocol):
     def main(self) -> bool: ...
     @property
     def world(self) -> int: ...
+    @property
+    def store(self) -> Any: ...
     def broadcast_object(self, value: Any) -> Any: ...
     def barrier(self) -> None: ...
 
@@ -37,6 +39,7 @@ class Alone:
 
     main: bool = True
     world: int = 1
+    store: Any = None
 
     def broadcast_object(self, value: Any) -> Any:
         """The value itself."""
@@ -47,7 +50,7 @@ class Alone:
 
 
 class Elsewhere(SystemExit):
-    """Rank 0 failed and has said why; this process ends with the same exit code."""
+    """Rank 0 says why; this process ends with the same exit code."""
 
 
 @dataclass(frozen=True)
@@ -200,13 +203,12 @@ class Pipeline:
         changed = self._changed(run, table, identity, parents) if run is not None else []
         if run is not None and run.ok and not changed:
             return Ticket(table.key, str(run.folder), run=False, id=str(run.manifest.get("id", "")))
-        if run is not None:
-            folder = run.folder
-        elif exact is not None:
-            folder = exact
-            runs.make_folder(folder)
-        else:
-            folder = runs.new_folder(self.options.root / table.key, identity)
+        there = run.folder if run is not None else exact
+        if run is not None and changed and drift.nothing_done(run, table):
+            self._say(f"{there}: nothing there to go on from; the run begins anew with what has changed")
+            run, changed = None, []
+        folder = there or runs.new_folder(self.options.root / table.key, identity)
+        runs.make_folder(folder)
         self._place = Workplace(folder)
         facts = runs.facts(
             table, self.recipe.name, identity, parents, command=self.options.command, world=self.ranks.world
@@ -249,8 +251,6 @@ class Pipeline:
                 raise UserError(f"--out {folder}: is a file; name a folder")
             if folder.is_dir() and any(path.name not in (runs.LOCK, runs.SLURM) for path in folder.iterdir()):
                 raise UserError(f"--out {folder}: holds files but no run; name a new or an empty folder")
-            if self.options.allow:
-                raise UserError(f"--out {folder}: holds no run that --allow could let go on; check the path")
             return None
         if not self.options.resume:
             raise UserError(
@@ -270,7 +270,8 @@ class Pipeline:
         exact = self.options.out is not None and run.folder == self.options.out
         other = "undo the changes, or choose another folder with --out"
         advice = other if exact else f"begin a new run: beitctl {table.stage} --no-resume"
-        drift.check(run, table, found, self.options.allow if exact else (), advice)
+        binding = [] if drift.nothing_done(run, table) else found
+        drift.check(run, table, binding, self.options.allow if exact else (), advice)
         if exact and run.ok and not found and run.manifest["fingerprint"] != identity.fingerprint:
             self._say(
                 f"{run.folder}: was made by another version of the code; to run again use another --out"
@@ -296,11 +297,13 @@ class Pipeline:
                     self._say(f"{table.key}: {'going on with' if ticket.resume else 'running in'} {folder}")
                     log.start(table.plugin.plan())
                     for record in ticket.drift:
-                        log.warning("W302", *drift.told(record))
+                        log.warning("W310", *drift.told(record))
                 metrics = plain(table.plugin.run(job))
                 self.ranks.barrier()  # raises where a rank failed, which leaves instead of coming here
             except BaseException as error:
                 self._failed(log, error)
+                if failures.told_by_main(self.ranks.store, self.ranks.world, error):
+                    raise Elsewhere(failures.exit_code(error)) from error
                 raise
             self._finished(log, "ok", 0, metrics)
 
@@ -338,8 +341,7 @@ class Pipeline:
         """The end event of a run that was done before, for scripts that read stdout."""
         run = runs.read(folder)
         if self.options.json and self.ranks.main and run is not None:
-            keys = ("id", "stage", "recipe")
-            name, stage, recipe = (run.manifest.get(key) for key in keys)
+            name, stage, recipe = (run.manifest.get(key) for key in ("id", "stage", "recipe"))
             end = {"run": name, "recipe": recipe, "dir": str(folder), "status": "ok", "exit": 0}
             write_event("end", stage=stage, **end, cached=True, metrics=run.metrics, report="report.html")
             self.ended = True

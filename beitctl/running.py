@@ -62,7 +62,7 @@ def _chosen(found: "Recipe", stage: str, only: str | None) -> list[str]:
 
 
 def check_places(recipe: "Recipe", keys: Sequence[str], out: Path | None, allow: Sequence[str]) -> None:
-    """Refuse --out for several tables, and --allow without --out."""
+    """Refuse --out for several tables, and --allow without a run or for what no run can go on with."""
     if out is not None and len(keys) > 1:
         raise UserError(
             f"--out names one folder, but {recipe.name} has {', '.join(keys)}; choose one with --only"
@@ -72,6 +72,13 @@ def check_places(recipe: "Recipe", keys: Sequence[str], out: Path | None, allow:
             f"--allow {allow[0]} needs --out DIR, the folder of the run that is to go on: without it other "
             "settings and other data make another run"
         )
+    if allow and out is not None:
+        from beitctl import drift, runs
+
+        run = runs.read(out)
+        if run is None:
+            raise UserError(f"--out {out}: holds no run that --allow could let go on; check the path")
+        drift.refuse_unknown(recipe.tables[keys[0]], run, allow)
 
 
 def check_until(recipe: "Recipe", until: str) -> None:
@@ -92,15 +99,53 @@ def processes(
     if where is not None:
         return _submitted(context, recipe, request, logs, as_json)
     request.refuse_alone()
-    gpus = 1 if request.gpus is None else request.gpus
-    if launch.needed(gpus, os.environ):
+    if launch.needed(request.gpus, os.environ):
         context.obj.ended = True  # rank 0 writes it
         if moment is not None:
             os.environ[limits.DEADLINE] = str(moment)
-        raise typer.Exit(launch.run(gpus, context.obj.arguments))
+        raise typer.Exit(launch.run(request.gpus or 1, context.obj.arguments))
     if moment is not None:
         limits.stop_at(moment)
     return None
+
+
+def check_shards(recipe: "Recipe", keys: Sequence[str], request: submit.Request, *, job: bool) -> None:
+    """Refuse groups of ``shard_ranks`` that do not divide the processes, before any of them is started.
+
+    Processes that torchrun or Slurm has started find it out together.
+
+    Raises:
+        UserError: names the setting and the number of processes.
+    """
+    from beitctl import settings
+
+    if request.world < 1 or (not job and launch.world(os.environ) > 1):
+        return
+    for key in keys:
+        flat = settings.flat(recipe.tables[key].plugin)
+        for place in settings.trainings(recipe.tables[key].plugin):
+            shard = flat[f"{place}.shard_ranks"]
+            if shard and request.world % shard:
+                raise UserError(
+                    f"{key}.{place}.shard_ranks ({shard}) must divide the number of processes, "
+                    f"{request.world} (--nodes x --gpus); change one of them"
+                )
+
+
+def check_unused(
+    option: str, request: submit.Request, max_time: str | None, where: submit.Scheduler | None
+) -> None:
+    """Check what is said about processes and jobs where ``option`` starts none.
+
+    Raises:
+        UserError: it would be refused without ``option`` too, or there is a job to submit.
+        SetupError: there are not as many GPUs.
+    """
+    if where is not None:
+        raise UserError(f"--submit {where.value} runs no {option}: leave one of them out")
+    request.refuse_alone()
+    limits.deadline(max_time, os.environ)
+    launch.needed(request.gpus, os.environ)
 
 
 def _submitted(
@@ -236,6 +281,11 @@ def _given(recipe: "Recipe") -> str:
 
     bundled = recipe.name in names() and find(recipe.name) == recipe.path
     return recipe.name if bundled else str(recipe.path)
+
+
+def plans(recipe: "Recipe", keys: Sequence[str]) -> dict[str, Any]:
+    """What the stages of some tables would do, by key."""
+    return {key: recipe.tables[key].plugin.plan() for key in keys}
 
 
 def show(found: dict[str, Any], as_json: bool) -> None:

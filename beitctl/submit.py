@@ -63,6 +63,11 @@ class Request:
             if value is not None:
                 raise UserError(f"{option} belongs to --submit slurm; add that, or leave {option} out")
 
+    @property
+    def world(self) -> int:
+        """Processes of the job."""
+        return (1 if self.nodes is None else self.nodes) * (1 if self.gpus is None else self.gpus)
+
     def parameters(self, name: str) -> dict[str, Any]:
         """The request in submitit's terms.
 

@@ -121,7 +121,7 @@ def learner(model: ModelConfig, ranks: Ranks, config: TrainConfig) -> Any:
         ranks,
         config.precision,
         lambda name, shape: initial(name, shape, model, 0),
-        prepare=preparation(config, ranks.device, refuse),
+        prepare=preparation(config, ranks, refuse),
         shard_ranks=config.shard_ranks,
     )
 

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic
-from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+)
 from torch.utils.checkpoint import checkpoint
 
 from beitctl.config import TrainConfig
@@ -115,7 +119,8 @@ def _backend(model: Multiway, config: TrainConfig, device: torch.device, dtype: 
         backend = chosen(config.attention_backend, model.config, device, dtype)
     except ValueError as error:
         raise UserError(str(error)) from error
-    restore_flash_attention_impl()
+    if current_flash_attention_impl() is not None:
+        restore_flash_attention_impl()  # an earlier training of this process chose another
     if backend in ("varlen-fa3", "varlen-cudnn"):
         if backend == "varlen-fa3":
             activate_flash_attention_impl("FA3")

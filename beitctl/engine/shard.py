@@ -73,7 +73,8 @@ def sharded(
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size(-1) > 1)
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
-            unit.set_gradient_divide_factor(1.0)
+            if ranks.world > 1:  # alone, torch divides by 1 as it is, and with a factor in a pass of its own
+                unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
             if hasattr(unit, "set_reduce_scatter_unused_params"):  # torch 2.15; empty experts need it no more
                 unit.set_reduce_scatter_unused_params(True)

@@ -147,9 +147,39 @@ def test_allowed_changes_go_on_from_the_checkpoint_and_are_recorded(stopped, cap
     drift = {record["key"]: (record["old"], record["new"]) for record in manifest()["drift"]}
     assert set(drift) == set(keys)
     assert drift["train.optim.peak_lr"] == (0.001, 0.002)
-    assert [event["code"] for event in events("warning")] == ["W302"] * 3
+    assert [event["code"] for event in events("warning")] == ["W310"] * 3
+    assert {event["fix"] for event in events("warning")} == {""}
     code, err = beitctl(capsys, *OTHER_RATE, *OTHER_SHARDS, *allowing(*keys))
     assert (code, "already done: run" in err, len(manifest()["drift"])) == (0, True, 3)
+
+
+def test_a_run_without_a_checkpoint_begins_anew_with_other_settings(stopped, capsys):
+    shutil.rmtree("run/checkpoints/step-00000002")
+    code, err = beitctl(capsys, *OTHER_RATE, *OTHER_SHARDS)
+    assert (code, "run: nothing there to go on from; the run begins anew" in err) == (0, True), err
+    assert [event["step"] for event in events("step")] == [1, 2, 3, 4]
+    assert manifest()["settings"]["train.optim.peak_lr"] == 0.002
+    assert "drift" not in manifest()
+
+
+def test_a_checkpoint_that_cannot_be_read_is_something_to_go_on_from(stopped, capsys):
+    Path("run/checkpoints/step-00000002").rename("run/checkpoints/step-00000002.corrupt")
+    assert beitctl(capsys, *OTHER_RATE)[0] == 2
+
+
+def test_a_run_that_was_refused_at_its_start_takes_the_setting_that_it_was_told(stopped, capsys):
+    refused = ("--out", "new", "--set", "train.attention_backend=varlen-flash")
+    code, err = beitctl(capsys, *refused)
+    assert (code, Path("new/manifest.json").exists(), "attention_backend" in err) == (2, True, True), err
+    code, err = beitctl(capsys, "--out", "new")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("extra", [("--dry-run",), ("--max-time", "1h")])
+def test_leave_for_what_is_no_setting_is_refused_whatever_is_asked_for(stopped, capsys, extra):
+    code, err = beitctl(capsys, *extra, "--allow", "train.nonsense")
+    assert (code, "--allow train.nonsense: [pretrain] has no such setting" in err) == (2, True)
+    assert "did you mean" not in err
 
 
 def test_another_torch_is_refused_too(stopped, capsys):

@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint
 
 from beitctl import cli, launch, registry
 from beitctl.api import Plugin
-from beitctl.errors import DivergedError
+from beitctl.errors import DivergedError, UserError
 
 
 class Faulty(Plugin):
@@ -28,6 +28,8 @@ class Faulty(Plugin):
     def run(self, job):
         if os.environ["RANK"] == "1" and self.mode == "diverged":
             raise DivergedError("the loss is nan")
+        if self.mode == "refused":
+            raise UserError("mode: cannot be so; choose another")
         if os.environ["RANK"] == "1" and self.mode == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return {"value": 1}
@@ -87,3 +89,8 @@ def test_the_terminal_shows_the_reason_and_that_the_others_only_miss_a_process(r
         "error (rank 1): the loss is nan",
         "error: another process of this run ended; its message is above",
     ]
+
+
+def test_what_all_ranks_refuse_alike_is_told_once(ran):
+    code, err, manifest = ran("refused")
+    assert (code, manifest["exit"], err.count("mode: cannot be so")) == (2, 2, 1), err

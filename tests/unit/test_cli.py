@@ -222,6 +222,32 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys):
     assert [path.name for path in Path().iterdir()] == ["r.toml"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--submit", "slurm"), "--submit slurm runs no --dry-run: leave one of them out"),
+        (("--nodes", "2"), "--nodes belongs to --submit slurm"),
+        (("--max-time", "soon"), "--max-time soon: is no time"),
+        (("--gpus", "0"), "--gpus 0: must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("command", [("make", "--recipe", "r.toml", "--only", "first"), ("run", "r.toml")])
+def test_a_dry_run_checks_what_is_said_about_processes_too(capsys, command, asked, said):
+    code, out, err = beitctl(capsys, *command, "--dry-run", *asked)
+    assert (code, out, said in err) == (2, "", True), err
+
+
+def test_verify_checks_what_is_said_about_processes_too(capsys):
+    code, _, err = beitctl(capsys, "make", "--recipe", "r.toml", "--verify", "--submit", "slurm")
+    assert (code, "--submit slurm runs no --verify" in err) == (2, True)
+
+
+def test_one_gpu_is_refused_where_torchrun_has_started_eight(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    code, _, err = beitctl(capsys, "make", "--recipe", "r.toml", "--gpus", "1")
+    assert (code, "--gpus 1: torchrun has started these processes, WORLD_SIZE=8" in err) == (2, True)
+
+
 def test_a_dry_run_with_json_prints_one_object_of_plans(capsys):
     _, out, _ = beitctl(capsys, "run", "r.toml", "--dry-run", "--json")
     assert list(json.loads(out)) == ["make.first", "make.second", "use"]

@@ -1,5 +1,6 @@
 """What errors look like at the terminal: one line on stderr, and an exit code."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch import distributed
 
 from beitctl import failures
 from beitctl.engine import dist
+from beitctl.errors import DivergedError, UserError
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,24 @@ def test_other_ranks_sign_their_errors_and_are_silent_when_stopped(capsys, monke
     failures.show(FAULTS["stopped"])
     failures.show(FAULTS["diverged"])
     assert capsys.readouterr().err == "error (rank 3): the loss is nan\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "told"),
+    [
+        ("no", UserError("no"), True),
+        ("no", UserError("other"), False),
+        ("no", DivergedError("no"), False),
+        (None, UserError("no"), False),
+    ],
+)
+def test_a_rank_is_silent_about_what_rank_0_refuses_in_the_same_words(monkeypatch, said, error, told):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(failures, "PATIENCE", timedelta(milliseconds=50))
+    store = distributed.HashStore()
+    if said:
+        store.set(failures.SAID, said)
+    assert failures.told_by_main(store, 2, error) == told
 
 
 def test_all_problems_of_a_recipe_are_told_one_a_line(capsys):

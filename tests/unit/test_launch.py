@@ -29,11 +29,14 @@ def test_the_number_of_processes_comes_from_torchrun_or_slurm(env, world):
 @pytest.mark.parametrize(
     ("gpus", "env", "needed"),
     [
+        (None, {}, False),
+        (None, {"WORLD_SIZE": "8"}, False),
         (1, {}, False),
+        (1, {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, False),
         (2, {}, True),
         (2, {"WORLD_SIZE": "2"}, False),
         (2, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False),
-        (1, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False),
+        (1, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, False),
         (8, {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, False),
     ],
 )
@@ -56,6 +59,11 @@ def test_processes_are_started_unless_somebody_did(monkeypatch, gpus, env, neede
 def test_another_number_of_gpus_than_somebody_has_started_is_refused(env, said):
     with pytest.raises(UserError, match=f"--gpus 2: {said}; leave --gpus out"):
         launch.needed(2, env)
+
+
+def test_one_gpu_is_another_number_than_eight():
+    with pytest.raises(UserError, match="--gpus 1: torchrun has started these processes, WORLD_SIZE=8"):
+        launch.needed(1, {"WORLD_SIZE": "8"})
 
 
 def test_less_than_one_gpu_is_refused():

@@ -87,7 +87,10 @@ def test_impossible_optimizer_settings_are_named(settings, text):
     [
         ({"steps": 0}, r"steps \(0\) must be at least 1"),
         ({"save_every_minutes": 0}, r"save_every_minutes \(0\) must be positive"),
-        ({"workers": -1}, "must not be negative"),
+        ({"workers": -1}, r"workers \(-1\) must not be negative"),
+        ({"shard_ranks": -2}, r"shard_ranks \(-2\) must not be negative"),
+        ({"profile": (5, 3)}, r"profile \(\[5, 3\]\) must be \[first step, last step\]"),
+        ({"memory_budget": 0.5, "recompute": True}, r"memory_budget \(0.5\) must be 1 unless"),
         (
             {"optim": OptimConfig(peak_lr=1.0, warmup_steps=9)},
             r"warmup_steps \(9\) must not exceed steps \(5\)",

@@ -13,6 +13,7 @@ class Rank:
     """One of two processes: rank 0 leaves on the wire what rank 1 then takes from it."""
 
     world = 2
+    store = None
     gone = False
     """Whether the other process has failed."""
 
