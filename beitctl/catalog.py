@@ -61,6 +61,8 @@ def stage_help(name: str) -> str:
         cause = error.__cause__
         text = f"{type(cause).__name__}: {cause}".partition("\n")[0] if cause else str(error)
         return f"(broken: {registry.origin(STAGES, name)}: {text})"
+    from beitctl.problems import field_names
+
     lines = [inspect.getdoc(stage) or "", "", "Settings:"]
     for field_name, field in getattr(stage, "model_fields", {}).items():
         default = "required"
@@ -68,7 +70,9 @@ def stage_help(name: str) -> str:
             value = field.get_default(call_default_factory=True, validated_data={})
             default = f"default {json.dumps(value, default=str)}"
         about = " ".join((field.description or "").replace("``", "").split())
-        lines += ["", f"* {field_name} ({default}): {about}"]
+        inner = field_names(field.annotation)
+        keys = f" Its settings: {', '.join(inner)}." if inner else ""
+        lines += ["", f"* {field_name} ({default}): {about}{keys}"]
     return "\n".join(lines)
 
 

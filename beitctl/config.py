@@ -183,6 +183,8 @@ class OptimConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas ({self.betas}) must be at least 0 and below 1")
         _not_negative(self, "weight_decay", "clip_norm")
+        if self.eps <= 0:
+            raise ValueError(f"eps ({self.eps}) must be above 0")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay ({self.layer_decay}) must be above 0 and at most 1")
 
@@ -270,6 +272,8 @@ class TrainConfig:
         _not_negative(self, "shard_ranks", "max_rollbacks", "keep_every_hours")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay ({self.ema_decay}) must be at least 0 and below 1")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share ({self.max_bad_share}) must lie in 0..1")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile ({list(self.profile)}) must be [first step, last step], from 1 on")
 

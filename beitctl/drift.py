@@ -164,8 +164,8 @@ def told(record: Mapping[str, Any]) -> tuple[str, str]:
             "if the change touches results, begin a new run",
         )
     return (
-        f"going on with {Change(record['key'], record['old'], record['new'])}, as --allow says; manifest.json "
-        "keeps it under drift",
+        f"going on with {Change(record['key'], record['old'], record['new'])}, as --allow says; "
+        "manifest.json keeps it under drift",
         "",
     )
 
@@ -188,9 +188,7 @@ class _Absent:
 _ABSENT = _Absent()
 
 
-def refuse_unknown(
-    table: StageTable, run: Run, allow: Sequence[str], changed: Iterable[str] = ()
-) -> None:
+def refuse_unknown(table: StageTable, run: Run, allow: Sequence[str], changed: Iterable[str] = ()) -> None:
     """Refuse to allow what does not exist, or what no run can go on with.
 
     Args:

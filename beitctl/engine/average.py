@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 class Average:
     """An average of the trained parameters of a module, which begins with their values.
 
+    Its decay is min(decay, (1 + t) / (10 + t)) after t updates, so that it soon forgets the initial weights.
+
     Every rank averages its own shards, so it costs 4 bytes a parameter over the ranks of a copy and no
     communication.
     """
@@ -22,10 +24,11 @@ class Average:
         self.averages = {name: weight.clone() for name, weight in self.weights.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the weights; after every step."""
+    def update(self, step: int) -> None:
+        """Move the average towards the weights; after every step, by its number from 1."""
         if self.averages:
-            torch._foreach_lerp_(_local(self.averages), _local(self.weights), 1 - self.decay)
+            decay = min(self.decay, step / (9 + step))  # step - 1 updates so far
+            torch._foreach_lerp_(_local(self.averages), _local(self.weights), 1 - decay)
 
     @torch.no_grad()
     def give(self) -> None:

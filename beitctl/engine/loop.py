@@ -115,7 +115,7 @@ class _Loop:
                 self.watchdog.at(number, "step")
                 with memory.explained(number, micro, self.config, self.session):
                     sums, norm = self.step(micro, counts)
-                self.average.update()
+                self.average.update(number)
                 self.recompiles.check(number - begin)
                 self.guard.note(norm)
                 if verdict := self.judge_and_save(number, bool(wishes["save"])):

@@ -1,5 +1,6 @@
 """A window of steps under the profiler: a Chrome trace of every rank, and its operations by time."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 ROWS = 30
 """Operations in the table."""
+SILENT = "6"
+"""Level above all messages of the profiler's library, which misses the GPU where there is none."""
 
 
 class Window:
@@ -58,6 +61,8 @@ class Window:
 
     def _start(self) -> None:
         cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        if not cuda:
+            os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)
         made = profile(activities=[ProfilerActivity.CPU, *cuda])
         try:
             made.start()

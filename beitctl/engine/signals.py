@@ -55,10 +55,16 @@ class Signals:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)
         if self._flag is None and os.environ.get("RANK", "0") == "0":
-            text = "\nfinishing this step, then saving (once more to leave now)\n"
-            os.write(2, text.encode())  # safe inside a signal handler
+            os.write(2, _text(number).encode())  # safe inside a signal handler
         if self._flag is None:
             self._flag = "interrupt" if number == signal.SIGINT else "stop"
+
+
+def _text(number: int) -> str:
+    """What was received, and what follows."""
+    if number == signal.SIGINT:
+        return "\nCtrl-C: finishing this step, then saving (once more to leave now)\n"
+    return f"\n{signal.Signals(number).name} received: finishing this step, then saving\n"
 
 
 def worker_ignores_signals(worker: int) -> None:

@@ -2,7 +2,9 @@
 # ruff: noqa: PLC0415
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,7 +36,10 @@ def plan(  # noqa: PLR0913 - one parameter per option
     ] = None,
     gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Number of GPUs.")] = 1,
     gpu: Annotated[
-        Gpu | None, typer.Option("--gpu", help="What they are; by default what this machine has.")
+        str | None,
+        typer.Option(
+            "--gpu", metavar="|".join(CARDS), help="What they are; by default what this machine has."
+        ),
     ] = None,
     mfu: Annotated[
         float, typer.Option("--mfu", min=0.01, max=1, help="Share of the nominal peak that is reached.")
@@ -55,9 +60,9 @@ def plan(  # noqa: PLR0913 - one parameter per option
     from beitctl.planning import estimate, exact, text, work
     from beitctl.recipe import load
 
+    card = _here() if gpu is None else _known(gpu)
     found = load(recipe, settings, stage="pretrain")
     table = _table(found, only)
-    card = gpu or _here()
     if require_fit and card is None:
         raise UserError(f"--require-fit needs a known GPU; say --gpu {'|'.join(CARDS)}")
     made = estimate.estimate(
@@ -70,10 +75,32 @@ def plan(  # noqa: PLR0913 - one parameter per option
     if require_fit and not made["memory"]["fits"]:
         fixes = f"; one of these makes it fit: {'; '.join(made['fixes'])}" if made["fixes"] else ""
         raise CapacityError(made["problems"][0] + fixes)
-    if not (context.obj.quiet or as_json):
-        name = table.key.partition(".")[2]
-        which = f"{recipe or found.path}{f' --only {name}' if name else ''}"
-        sys.stderr.write(f"next: beitctl {table.stage} --recipe {which} --dry-run\n")
+    if require_fit and made["problems"]:
+        raise UserError("; ".join(made["problems"]))
+    if not (context.obj.quiet or as_json or made["problems"]):
+        sys.stderr.write(_next(table, recipe or str(found.path), settings))
+
+
+def _next(table: "StageTable", recipe: str, settings: Sequence[str]) -> str:
+    """The command that follows, with what was set for this one."""
+    name = table.key.partition(".")[2]
+    words = ["beitctl", table.stage, "--recipe", recipe, *(["--only", name] if name else [])]
+    words += [word for setting in settings for word in ("--set", setting)]
+    return f"next: {shlex.join([*words, '--dry-run'])}\n"
+
+
+def _known(gpu: str) -> Gpu:
+    """The GPU of a name.
+
+    Raises:
+        UserError: its figures are not known.
+    """
+    if gpu not in CARDS:
+        raise UserError(
+            f"--gpu {gpu}: its figures are not known, only those of {', '.join(CARDS)}; leave --gpu out: "
+            "time, and whether it fits, are then not told, the rest is"
+        )
+    return Gpu(gpu)
 
 
 def _table(recipe: "Recipe", only: str | None) -> "StageTable":

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from beitctl.engine.gpus import GIB
+from beitctl.report import progress
 
 WIDTH = 80
 UNKNOWN = "unknown"
@@ -132,10 +132,10 @@ def _time(plan: Mapping[str, Any]) -> Rows:
     if time["step_seconds"] is None:
         return [("a step", UNKNOWN), ("whole", UNKNOWN)]
     return [
-        ("a step", f"{time['step_seconds']:,.4g} s at {time['mfu']:.0%} of nominal"),
+        ("a step", f"{_seconds(time['step_seconds'])} at {time['mfu']:.0%} of nominal"),
         ("speed", f"{time['samples_per_second']:,.0f} samples/s"),
-        ("whole", f"{time['days']:,.2f} days"),
-        ("GPU time", f"{time['gpu_days']:,.1f} GPU-days"),
+        ("whole", _seconds(86_400 * time["days"])),
+        ("GPU time", f"{_seconds(86_400 * time['gpu_days'])} of one GPU"),
     ]
 
 
@@ -171,7 +171,7 @@ def _network(network: Mapping[str, Any]) -> Rows:
         ("weights", _gb(network["all_gather"])),
         ("gradients, in the group", _gb(network["reduce_scatter"])),
         ("gradients, other groups", _gb(network["all_reduce"])),
-        ("together", _gb(network["total"]) + ("" if rate is None else f", {rate:,.1f} GB/s to hide it")),
+        ("together", _gb(network["total"]) + ("" if rate is None else f", {_gb(1e9 * rate)}/s to hide it")),
     ]
 
 
@@ -195,10 +195,29 @@ def _unit(count: float) -> tuple[float, str]:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB"
+    """Bytes in the largest binary unit of which there is a tenth."""
+    return _bytes(size, 1024, ("KiB", "MiB", "GiB"))
 
 
 def _gb(size: float) -> str:
-    if size < 1e8:
-        return f"{size / 1e6:,.2f} MB"
-    return f"{size / 1e9:,.2f} GB" if size < 1e12 else f"{size / 1e12:,.2f} TB"
+    """Bytes in the largest decimal unit of which there is a tenth."""
+    return _bytes(size, 1000, ("kB", "MB", "GB", "TB"))
+
+
+def _bytes(size: float, step: int, units: Sequence[str]) -> str:
+    if not size:
+        return "0 B"
+    amount, unit = size / step, units[0]
+    for larger in units[1:]:
+        if amount < 0.1 * step:
+            break
+        amount, unit = amount / step, larger
+    return f"{amount:,.2f} {unit}"
+
+
+def _seconds(seconds: float) -> str:
+    """A time from microseconds to days."""
+    if seconds >= 60:
+        return f"{seconds / 86_400:,.2f} days" if seconds >= 8640 else progress.duration(seconds)
+    size, unit = next((one for one in ((1.0, "s"), (1e-3, "ms")) if seconds >= one[0]), (1e-6, "µs"))
+    return f"{progress.number(seconds / size)} {unit}"

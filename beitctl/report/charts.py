@@ -13,11 +13,16 @@ MAX_PICTURE_BYTES = 6_500_000  # base64 makes it 8.7 MB; a page stays under 10
 MAX_SMALL_CHARTS = 16
 
 CHART_TITLES = {
-    "lr": "Learning rate: the size of a step, by plan",
-    "grad_norm": "Length of the gradient (peaks announce trouble)",
-    "samples_per_s": "Speed in examples a second (higher is faster)",
-    "data_wait": "Share of time spent waiting for data (lower is better)",
+    "lr": "Learning rate",
+    "grad_norm": "Length of the gradient",
+    "samples_per_s": "Speed in examples a second",
+    "data_wait": "Share of time spent waiting for data",
+    "tflops_per_gpu": "Useful work of a GPU in TFLOP/s",
+    "mfu": "Share of the nominal peak of the GPU (MFU)",
+    "mfu_of_measured": "Share of the measured peak of the GPU",
+    "memory_gib": "Memory of the GPU in GiB",
 }
+"""Titles of charts by metric; ``MEANINGS`` explains them."""
 LOSS_CAPTION = (
     "Each line is one training objective. The loss says how wrong the model's predictions are: a line that "
     "falls means that it learns, a level one that it does not, a jump upwards that training became unstable."
@@ -123,13 +128,17 @@ def _baselines(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def others(series: Series, restarts: Sequence[int], room: Room) -> list[Picture]:
-    """A chart for every metric that is neither a loss nor an accuracy, well-known ones first."""
-    rest = [name for name in series if not name.endswith(("loss", "accuracy"))]
+    """A chart for every metric that is neither a loss nor an accuracy, well-known ones first.
+
+    The work of a GPU is left out where there was none: its memory is measured on GPUs alone.
+    """
+    hidden = () if any(name.endswith("memory_gib") for name in series) else ("tflops_per_gpu",)
+    rest = [name for name in series if not name.endswith(("loss", "accuracy", *hidden))]
     rest.sort(key=lambda name: (list(CHART_TITLES).index(name) if name in CHART_TITLES else 99, name))
     charts = []
     for name in rest[:MAX_SMALL_CHARTS]:
         title = CHART_TITLES.get(name, name)
-        caption = "" if name in CHART_TITLES else MEANINGS.get(name.rpartition("/")[2], "")
+        caption = MEANINGS.get(name.rpartition("/")[2], "")
         png = figures.curves({name: series[name]}, "", name, restarts=restarts, small=True)
         charts.append(_chart(png, title, caption, {name: series[name]}, room))
     return charts

@@ -27,6 +27,9 @@ MEANINGS = {
     "lr": "Learning rate: the size of a step of the weights. It rises and falls by plan.",
     "majority": "Accuracy of always naming the most frequent class.",
     "max_difference": "Largest difference between outputs before export and after reloading. 0 is exact.",
+    "memory_gib": "Most memory that tensors took on the first GPU so far, in GiB.",
+    "mfu": "Useful work as a share of the nominal bf16 peak of the GPU, 0 to 1. Higher is better.",
+    "mfu_of_measured": "The same of what products alone reach (doctor --measure). Higher is better.",
     "mutual_information": "What the code of one patch tells about the class, in nats; partly chance.",
     "mutual_information_above_chance": "The same less chance: compare tokenizers by it. Higher is better.",
     "mutual_information_chance": "The same with shuffled labels: what counting alone gives.",
@@ -42,6 +45,7 @@ MEANINGS = {
     "t2i_r5": "Share of captions whose own picture is among the first five found. Higher is better.",
     "teacher_cosine": "Likeness of rebuilt and true teacher features; 1 is the same. Higher is better.",
     "teacher_groups": "Kinds of patch that the teacher tells apart among a thousand. Few are bad.",
+    "tflops_per_gpu": "Useful operations of a GPU, in 1e12 a second. Higher is faster.",
     "top_share": "Share of all patches that the most used code takes. Lower is better.",
     "used_share": "Share of the codes that occur at all. Higher is better.",
 }

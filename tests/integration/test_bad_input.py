@@ -107,7 +107,7 @@ SOURCES = "train-tokenizer.image.sources"
         (
             ("pretrain", "--set", "pretrain.model.heads=3"),
             2,
-            "width (8) must be a multiple of heads (3)",
+            "pretrain.model.width must be a multiple of heads (3), found 8",
         ),
     ],
     ids=["caption", "corpus", "folder", "key", "masks", "heads"],

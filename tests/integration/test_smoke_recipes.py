@@ -101,7 +101,7 @@ def test_a_shipped_recipe_pretrains_a_few_steps_with_finite_losses(first, alone,
         (("pretrain", "--recipe", "beit3-bas"), "no recipe 'beit3-bas', did you mean 'beit3-base'?"),
         (
             ("pretrain", "--recipe", FIRST, "--set", "model.heads=5"),
-            "width (64) must be a multiple of heads (5)",
+            "model.width must be a multiple of heads (5), found 64",
         ),
     ],
     ids=["stage", "recipe", "setting"],

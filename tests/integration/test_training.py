@@ -102,6 +102,16 @@ def test_accumulation_learns_what_the_big_batch_does(root, straight):
     assert_close(straight, root / "accumulated")
 
 
+def test_the_log_says_what_the_weights_are_and_where_the_traces_lie(root):
+    out = root / "averaged"
+    asked = ("train.steps=3", "train.optim.warmup_steps=1", "train.ema_decay=0.9", "train.profile=[1, 2]")
+    run(root, out, *(word for setting in asked for word in ("--set", setting)))
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    notes = " ".join(event["message"] for event in events if event["event"] == "note")
+    assert "the weights are the moving average of those of all steps (ema_decay = 0.9)" in notes
+    assert f"profile of steps 1 to 2: {out / 'profile'}" in notes
+
+
 def test_the_same_run_twice_is_equal_to_the_last_bit(root, straight):
     run(root, root / "again")
     assert_same(weights(straight), weights(root / "again"))

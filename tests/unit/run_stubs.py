@@ -9,6 +9,7 @@ import pytest
 
 from beitctl import cli, registry, running
 from beitctl.api import Plugin
+from beitctl.config import TrainConfig
 from beitctl.errors import DivergedError, Stopped, UserError
 
 FAULTS = {
@@ -63,6 +64,19 @@ class Use(Plugin):
 
     def run(self, job):
         return {"seen": str(job.path(self.of)), "factor": self.factor}
+
+
+class Learn(Plugin):
+    """Train, in name only."""
+
+    train: TrainConfig
+    """The training loop."""
+
+    def plan(self):
+        return {"steps": self.train.steps}
+
+    def run(self, job):
+        return {"steps": self.train.steps}
 
 
 STAGES = {"make": "run_stubs:Make", "use": "run_stubs:Use", "broken": "no_such_module:Stage"}

@@ -12,20 +12,21 @@ from beitctl.engine.shard import full_weights, sharded
 def moved(module, decay, steps=3):
     """The average after some steps that add 1 to every weight."""
     average = Average(module, decay)
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(1.0)
-        average.update()
+        average.update(step)
     return average
 
 
 def expected(decay, steps=3):
     """The same of a weight that begins with 0, by definition."""
     weight = found = 0.0
-    for _ in range(steps):
+    for updates in range(steps):
         weight += 1
-        found = decay * found + (1 - decay) * weight
+        now = min(decay, (1 + updates) / (10 + updates))
+        found = now * found + (1 - now) * weight
     return found
 
 
@@ -56,6 +57,14 @@ def test_the_weights_stay_until_the_average_is_given():
     assert module.weight.unique().tolist() == [3]
     average.give()
     assert module.weight.unique().tolist() == pytest.approx([expected(0.5)])
+
+
+def test_after_a_while_the_decay_is_that_of_the_settings():
+    average = moved(nn.Linear(1, 1, bias=False), 0.2, steps=9)
+    before = average.averages["weight"].item()
+    weight = average.weights["weight"].item()
+    average.update(10)
+    assert average.averages["weight"].item() == pytest.approx(0.2 * before + 0.8 * weight)
 
 
 def test_frozen_parameters_have_no_average():

@@ -48,6 +48,13 @@ def test_help_of_a_stage_lists_its_settings_with_defaults(capsys):
     assert "factor (default 3): What it is multiplied with." in text
 
 
+def test_help_of_a_stage_names_the_settings_one_level_deeper(capsys, monkeypatch):
+    install(monkeypatch, {"learn": "run_stubs:Learn"})
+    _, out, _ = beitctl(capsys, "learn", "--help")
+    text = " ".join(out.replace("│", " ").split())
+    assert "* train (required): The training loop. Its settings: steps, optim, precision," in text
+
+
 def test_stages_come_first_and_in_the_order_of_the_work(monkeypatch):
     names = ["use", "export", "pretrain", "eval", "finetune", "tokenize-images", "train-tokenizer"]
     install(monkeypatch, dict.fromkeys(names, "run_stubs:Use"))

@@ -88,6 +88,20 @@ def test_an_echo_of_a_signal_is_the_same_request():
         assert signals.requested == "stop"
 
 
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (signal.SIGTERM, "SIGTERM received: finishing this step, then saving"),
+        (signal.SIGUSR1, "SIGUSR1 received: finishing this step, then saving"),
+        (signal.SIGINT, "Ctrl-C: finishing this step, then saving (once more to leave now)"),
+    ],
+)
+def test_what_was_received_is_told_and_what_follows(capfd, number, text):
+    with Signals():
+        os.kill(os.getpid(), number)
+    assert capfd.readouterr().err == f"\n{text}\n"
+
+
 def test_slurms_warning_and_its_end_are_one_request(monkeypatch):
     monkeypatch.setattr("beitctl.engine.signals.ECHO_S", 0.0)
     with Signals() as signals:

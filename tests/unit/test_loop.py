@@ -202,8 +202,9 @@ def test_a_run_goes_on_from_its_newest_checkpoint_as_if_never_stopped(tmp_path):
 def averaged(weights, decay):
     """The moving average of some weights that begins with 0, by definition."""
     found = 0.0
-    for weight in weights:
-        found = decay * found + (1 - decay) * weight
+    for updates, weight in enumerate(weights):
+        now = min(decay, (1 + updates) / (10 + updates))
+        found = now * found + (1 - now) * weight
     return found
 
 

@@ -74,6 +74,7 @@ def test_no_limit_leaves_gradients_alone():
         ({"peak_lr": 1.0, "warmup_steps": -1}, r"warmup_steps \(-1\) must not be negative"),
         ({"peak_lr": 1.0, "betas": (0.9, 1.0)}, "betas .* must be at least 0 and below 1"),
         ({"peak_lr": 1.0, "weight_decay": -1.0}, r"weight_decay \(-1.0\) must not be negative"),
+        ({"peak_lr": 1.0, "eps": 0.0}, r"eps \(0.0\) must be above 0"),
         ({"peak_lr": 1.0, "layer_decay": 0.0}, r"layer_decay \(0.0\) must be above 0"),
     ],
 )
@@ -88,6 +89,7 @@ def test_impossible_optimizer_settings_are_named(settings, text):
         ({"steps": 0}, r"steps \(0\) must be at least 1"),
         ({"save_every_minutes": 0}, r"save_every_minutes \(0\) must be positive"),
         ({"workers": -1}, r"workers \(-1\) must not be negative"),
+        ({"max_bad_share": 2.0}, r"max_bad_share \(2.0\) must lie in 0..1"),
         ({"shard_ranks": -2}, r"shard_ranks \(-2\) must not be negative"),
         ({"profile": (5, 3)}, r"profile \(\[5, 3\]\) must be \[first step, last step\]"),
         ({"memory_budget": 0.5, "recompute": True}, r"memory_budget \(0.5\) must be 1 unless"),

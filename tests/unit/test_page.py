@@ -314,3 +314,25 @@ def test_values_from_files_become_numbers_or_nothing(value, number):
 @pytest.mark.parametrize(("value", "number"), [(3, 3), (True, None), (2**60, None), (3.0, None)])
 def test_steps_from_files_are_whole_numbers_or_nothing(value, number):
     assert whole(value) == number
+
+
+@pytest.mark.parametrize(
+    ("names", "titles"),
+    [
+        (("tflops_per_gpu", "lr"), ["Learning rate"]),
+        (
+            ("mfu_of_measured", "mfu", "tflops_per_gpu", "memory_gib"),
+            [
+                "Useful work of a GPU in TFLOP/s",
+                "Share of the nominal peak of the GPU (MFU)",
+                "Share of the measured peak of the GPU",
+                "Memory of the GPU in GiB",
+            ],
+        ),
+    ],
+    ids=["on a CPU", "on a GPU"],
+)
+def test_charts_of_the_hardware_have_titles_and_explanations_and_need_a_gpu(names, titles):
+    found = charts.others({name: [(1, 0.5), (2, 0.6)] for name in names}, [], charts.Room())
+    assert [chart.title for chart in found] == titles
+    assert all(chart.caption.endswith(".") for chart in found)

@@ -16,7 +16,7 @@ from beitctl.data.batch import Portion, collate
 from beitctl.engine.gpus import CARDS, Gpu, named
 from beitctl.engine.learner import MultiwayLearner, Objective
 from beitctl.model.multiway import Multiway
-from beitctl.planning import estimate
+from beitctl.planning import estimate, text
 from beitctl.planning.memory import per_gpu
 from beitctl.planning.work import work_of
 from beitctl_plugins.tasks.classification import Classification
@@ -253,13 +253,54 @@ def test_a_contrastive_task_on_a_number_of_gpus_that_does_not_divide_it_is_told(
     )
 
 
+def test_require_fit_ends_with_2_where_something_else_would_not_run(capsys):
+    asked = ("--recipe", "tiny", "--gpu", "h100", "--gpus", "7", "--set", "train.shard_ranks=3")
+    code, out, err = plan(capsys, *asked, "--require-fit")
+    assert (code, "does not work" in out, "7 GPUs are no whole number of groups of 3" in err) == (
+        2,
+        True,
+        True,
+    )
+
+
+def test_no_next_command_is_named_where_something_would_not_run(capsys):
+    asked = ("--recipe", "tiny", "--gpu", "h100", "--gpus", "7", "--set", "train.shard_ranks=3")
+    code, _, err = plan(capsys, *asked)
+    assert (code, "next:" in err) == (0, False)
+
+
+def test_the_next_command_repeats_what_was_set(capsys):
+    code, _, err = plan(capsys, "--recipe", "tiny", "--set", "train.optim={ peak_lr = 1e-3 }")
+    said = "next: beitctl pretrain --recipe tiny --set 'train.optim={ peak_lr = 1e-3 }' --dry-run\n"
+    assert (code, err) == (0, said)
+
+
+def test_figures_of_a_small_model_have_units_in_which_they_are_not_zero(capsys):
+    _, out, _ = plan(capsys, "--recipe", "tiny", "--gpu", "h100")
+    rows = dict(line.strip().partition("  ")[::2] for line in out.splitlines())
+    units = {name: rows[name].split()[1] for name in ("master weights", "one checkpoint", "a step", "whole")}
+    assert units == {"master weights": "MiB", "one checkpoint": "MB", "a step": "pictures", "whole": "µs"}
+    assert " 0.00 " not in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (2.5e-7, "0.25 µs"), (0.0123, "12.3 ms"), (1.5, "1.5 s"), (90, "1m30s"), (7200, "2h00m"),
+        (864_000, "10.00 days"),
+    ],
+)  # fmt: skip
+def test_times_have_the_unit_that_suits_them(seconds, shown):
+    assert text._seconds(seconds) == shown
+
+
 def test_require_fit_is_quiet_where_it_fits(capsys):
     assert plan(capsys, "--recipe", "tiny", "--gpu", "h100", "--require-fit", "--json")[0] == 0
 
 
-def test_an_unknown_gpu_is_refused_with_the_known_ones(capsys):
+def test_an_unknown_gpu_is_refused_with_the_known_ones_and_what_to_do(capsys):
     code, _, err = plan(capsys, "--recipe", "tiny", "--gpu", "b200")
-    assert code == 2
+    assert (code, "--gpu b200: its figures are not known" in err, "leave --gpu out" in err) == (2, True, True)
     for name in Gpu:
         assert name in err
 

@@ -38,6 +38,12 @@ def test_the_table_names_the_operations_of_the_window(tmp_path):
     assert (text.startswith("2 steps of rank 0\n"), "aten::mm" in text) == (True, True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_library_of_the_profiler_is_silent_about_a_gpu_that_is_not_there(tmp_path, capfd):
+    run(tmp_path, (1, 1), [1])
+    assert (worked(tmp_path), capfd.readouterr().err) == ([1], "")
+
+
 def test_every_rank_has_files_of_its_own(tmp_path):
     run(tmp_path, (1, 1), [1], rank=3)
     assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == ["rank-3.json.gz", "rank-3.txt"]

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from small import MODEL, Codes, Given, Record, pieces, stored, training, weights
 from beitctl.api import Example, Job
 from beitctl.checkpoints.loading import read_model
 from beitctl.checkpoints.native import save_model
-from beitctl.config import OptimConfig
+from beitctl.config import OptimConfig, TrainConfig
 from beitctl.engine.dist import start
 from beitctl.errors import DataError, UserError
 from beitctl.model.init import initial
 from beitctl.model.multiway import Multiway
+from beitctl.report.events import EventLog, read
 from beitctl_plugins.stages import shared
 from beitctl_plugins.tasks.classification import Classification
 from beitctl_plugins.tasks.masked import MaskedText
@@ -277,3 +279,14 @@ def test_a_part_that_no_parameter_has_is_named(tmp_path):
 def test_nothing_left_to_train_is_refused(tmp_path, parts):
     with pytest.raises(UserError, match="frozen: nothing is left to train"):
         run(tmp_path / "run", stage(frozen=parts))
+
+
+@pytest.mark.parametrize(("compile", "said"), [("on", True), ("auto", False)])
+def test_blocks_that_are_compiled_are_told_before_the_first_step(monkeypatch, tmp_path, compile, said):
+    config = TrainConfig(steps=1, optim=OptimConfig(peak_lr=1e-3), compile=compile)
+    ranks = SimpleNamespace(device=torch.device("cpu"), main=True)
+    monkeypatch.setattr(shared, "sharded", lambda *arguments, **words: None)
+    with EventLog(tmp_path, stage="pretrain", recipe="r", run="x", quiet=True) as log:
+        shared.build(None, ranks, config, None, Job(tmp_path, log, {}, False))
+    notes = [record["message"] for record in read(tmp_path)]
+    assert [note.startswith("blocks are compiled in the first steps") for note in notes] == [True] * said

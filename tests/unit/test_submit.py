@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_stubs import beitctl, place  # noqa: F401 - the fixture works by being here
+from run_stubs import beitctl, install, place  # noqa: F401 - the fixture works by being here
 
-from beitctl import submit
+from beitctl import launch, submit
 from beitctl.errors import UserError
 from beitctl.submit import Request
 
@@ -157,6 +157,22 @@ def test_what_is_wrong_is_told_before_anything_is_submitted(cluster, capsys, com
         False,
         False,
     ), err
+
+
+@pytest.mark.parametrize(
+    ("asked", "world"), [(("--nodes", "2", "--gpus", "8", "--submit", "slurm"), 16), (("--gpus", "2"), 2)]
+)
+def test_groups_that_do_not_divide_the_processes_are_refused_before_they_start(
+    cluster, capsys, monkeypatch, asked, world
+):
+    install(monkeypatch, {"learn": "run_stubs:Learn"})
+    monkeypatch.setattr(launch, "run", lambda *arguments: pytest.fail("started"))
+    train = "train = { steps = 1, shard_ranks = 3, optim = { peak_lr = 1e-3 } }"
+    Path("l.toml").write_text(f'[recipe]\nsummary = "x"\n[learn]\n{train}\n')
+    for command in (("learn", "--recipe", "l.toml"), ("run", "l.toml")):
+        code, _, err = beitctl(capsys, *command, *asked)
+        said = f"learn.train.shard_ranks (3) must divide the number of processes, {world} (--nodes x --gpus)"
+        assert (code, said in err, Path("sbatch.txt").exists()) == (2, True, False), err
 
 
 @pytest.mark.parametrize(

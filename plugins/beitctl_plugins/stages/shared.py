@@ -20,7 +20,7 @@ from beitctl.data.images import Pictures
 from beitctl.data.loader import Place, StepData, Stream, batches, prepared
 from beitctl.data.packing import Packed
 from beitctl.data.store import TokenStore
-from beitctl.engine.compiling import preparation, rows_multiple
+from beitctl.engine.compiling import compiled, preparation, rows_multiple
 from beitctl.engine.dist import Ranks
 from beitctl.engine.learner import MultiwayLearner
 from beitctl.engine.loop import train
@@ -92,6 +92,10 @@ def build(
         UserError: a setting of the engine cannot hold here.
         SetupError: the compiler or an attention backend fails here.
     """
+    if compiled(config, ranks.device):
+        job.log.note(
+            "blocks are compiled in the first steps, which takes minutes (train.compile); then they are fast"
+        )
     learner: MultiwayLearner = sharded(
         make, ranks, config.precision, initial,
         prepare=preparation(config, ranks, job.log.warning), shard_ranks=config.shard_ranks,
@@ -188,6 +192,15 @@ def fit(
             if step.number == 1 or step.number % config.log_every_steps == 0 or step.number == config.steps:
                 metrics = step.metrics()
                 job.log.step(step.number, config.steps, {f"{name}{k}": v for k, v in metrics.items()})
+    if config.ema_decay:
+        job.log.note(
+            f"the weights are the moving average of those of all steps (ema_decay = {config.ema_decay:g})"
+        )
+    if config.profile and (traces := session.folder / "profile").is_dir():
+        job.log.note(
+            f"profile of steps {config.profile[0]} to {config.profile[1]}: {traces}/rank-*.json.gz, "
+            "to be opened in ui.perfetto.dev, and tables in rank-*.txt"
+        )
     return data
 
 
