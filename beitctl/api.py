@@ -4,7 +4,7 @@ A plugin's fields are its table in a recipe, its docstring is its help, its meth
 Nothing here imports torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
@@ -297,6 +297,8 @@ class Job:
     """Run folder of every stage that the table refers to, by its reference such as ``@pretrain``."""
     resume: bool = True
     """Whether a checkpoint in the folder is continued."""
+    memory_hint: Callable[[], str] = lambda: ""
+    """What the plan says of the memory that the table needs, for a run that does not fit."""
 
     def path(self, value: str) -> Path:
         """Path that a setting means: the run folder behind an ``@reference``, or the path itself.

@@ -94,6 +94,8 @@ class Pipeline:
     ranks: Ranks = field(default_factory=Alone)
     write_page: Callable[[Path], Any] | None = None
     """Writes the report of a run folder."""
+    memory_hint: Callable[[str], str] = lambda key: ""
+    """What the plan says of the memory that a table needs."""
     ended: bool = False
     """Whether the last record on stdout is an end event."""
     folders: dict[str, Path] = field(default_factory=dict)
@@ -282,15 +284,11 @@ class Pipeline:
         """Run a stage in its folder and record how it ended."""
         folder = Path(ticket.folder)
         log = EventLog(
-            folder,
-            stage=table.stage,
-            recipe=self.recipe.name,
-            run=ticket.id,
-            json_stdout=self.options.json,
-            quiet=self.options.quiet,
-            active=self.ranks.main,
-        )
-        job = Job(folder, log, {ref: Path(path) for ref, path in ticket.inputs.items()}, ticket.resume)
+            folder, stage=table.stage, recipe=self.recipe.name, run=ticket.id, json_stdout=self.options.json,
+            quiet=self.options.quiet, active=self.ranks.main,
+        )  # fmt: skip
+        inputs = {ref: Path(path) for ref, path in ticket.inputs.items()}
+        job = Job(folder, log, inputs, ticket.resume, lambda: self.memory_hint(table.key))
         with log:
             try:
                 if self.ranks.main:

@@ -198,7 +198,13 @@ def pipeline(recipe: "Recipe", options: "Options") -> "Pipeline":
         from beitctl.engine import dist
 
         ranks = dist.start()
-    return pipeline.Pipeline(recipe, options, ranks, write_page)
+
+    def memory_hint(key: str) -> str:
+        from beitctl.planning import hint
+
+        return hint.memory(recipe, key, ranks.world)
+
+    return pipeline.Pipeline(recipe, options, ranks, write_page, memory_hint)
 
 
 def write_page(folder: Path) -> None:

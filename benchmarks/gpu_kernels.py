@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beitctl.config import ModelConfig
-from beitctl.engine.selfcheck import attends
+from beitctl.engine.measuring.selfcheck import attends
 from beitctl.engine.shard import compute_dtype
 from beitctl.model import flops
 from beitctl.model.attention import BACKENDS, Layout, attend, available, chosen

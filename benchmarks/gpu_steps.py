@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from beitctl.config import ModelConfig, TrainConfig
 from beitctl.data.batch import Batch
 from beitctl.engine import dist, optim
-from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.compiling import rows_multiple
 from beitctl.engine.learner import HALF, normalise
 from beitctl.engine.loop import train
-from beitctl.engine.meter import nominal
+from beitctl.engine.measuring.meter import nominal
+from beitctl.engine.saving.checkpoint import Checkpoints
 from beitctl.engine.session import Session
 from beitctl.engine.shard import compute_dtype, fill
 from beitctl.errors import CapacityError

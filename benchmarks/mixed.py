@@ -127,9 +127,7 @@ def learner_of(
 
 def prepared(build: Callable[[], nn.Module], ranks: Ranks, config: TrainConfig, initial: Any) -> Any:
     """A learner as a run has it: attention kernel, compiled blocks, sharding; with its weights."""
-    told = preparation(
-        config, ranks, lambda code, text, fix: print(f"{code}: {text}", file=sys.stderr)
-    )
+    told = preparation(config, ranks, lambda code, text, fix: print(f"{code}: {text}", file=sys.stderr))
     return sharded(build, ranks, config.precision, initial, prepare=told)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from beitctl.engine.dist import leave
-from beitctl.engine.meter import nominal
+from beitctl.engine.measuring.meter import nominal
 from beitctl.engine.shard import cpu_has_bf16
 from benchmarks import captions, mixed, sides
 

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from beitctl.config import ModelConfig, OptimConfig, TrainConfig
 from beitctl.data.batch import Batch
 from beitctl.engine import optim
-from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.compiling import compiled_graphs, rows_multiple
 from beitctl.engine.dist import Ranks, start
 from beitctl.engine.loop import train
+from beitctl.engine.saving.checkpoint import Checkpoints
 from beitctl.engine.session import Session
 from beitctl.errors import Stopped
 

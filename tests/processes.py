@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 SECONDS = 60
-PRELOADED = ["torch", "torch.distributed.checkpoint", "beitctl.engine.checkpoint"]
+PRELOADED = ["torch", "torch.distributed.checkpoint", "beitctl.engine.saving.checkpoint"]
 
 
 def free_port() -> int:

@@ -3,7 +3,7 @@
 import gc
 from typing import Self
 
-from beitctl.engine.signals import worker_ignores_signals
+from beitctl.engine.guarding.signals import worker_ignores_signals
 
 
 class Collector:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from beitctl.config import TrainConfig
 from beitctl.engine.agreement import as_told, everywhere
 from beitctl.engine.dist import Ranks
-from beitctl.engine.selfcheck import require
+from beitctl.engine.measuring.selfcheck import require
 from beitctl.engine.session import Session
 from beitctl.errors import SetupError, UserError
 from beitctl.model.attention import chosen

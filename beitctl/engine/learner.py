@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from beitctl.config import ModelConfig
-from beitctl.engine import operations
+from beitctl.engine.measuring import operations
 from beitctl.model.flops import of_pass
 from beitctl.model.multiway import Encoded, Multiway, Packed
 

@@ -16,23 +16,24 @@ from torch import Tensor, nn
 
 from beitctl.config import TrainConfig
 from beitctl.data.workers import steps
-from beitctl.engine import memory, optim, replicas, shard
+from beitctl.engine import optim, shard
 from beitctl.engine.average import Average
-from beitctl.engine.capture import Suspect, capture
-from beitctl.engine.ceilings import remembered
 from beitctl.engine.collector import Collector, worker_begins
 from beitctl.engine.compiling import Recompiles
 from beitctl.engine.dist import Ranks
-from beitctl.engine.guard import Guard, Verdict
-from beitctl.engine.meter import Meter
-from beitctl.engine.profiling import Window
-from beitctl.engine.quarantine import Quarantine
-from beitctl.engine.rollback import Rollbacks, Shifted
-from beitctl.engine.saves import Saves
+from beitctl.engine.guarding import memory, replicas
+from beitctl.engine.guarding.capture import Suspect, capture
+from beitctl.engine.guarding.guard import Guard, Verdict
+from beitctl.engine.guarding.quarantine import Quarantine
+from beitctl.engine.guarding.rollback import Rollbacks, Shifted
+from beitctl.engine.guarding.signals import Signals
+from beitctl.engine.guarding.watchdog import Watchdog
+from beitctl.engine.measuring.ceilings import remembered
+from beitctl.engine.measuring.meter import Meter
+from beitctl.engine.measuring.profiling import Window
+from beitctl.engine.saving.saves import Saves
 from beitctl.engine.session import Session
-from beitctl.engine.signals import Signals
 from beitctl.engine.step import Pace, Step
-from beitctl.engine.watchdog import Watchdog
 from beitctl.errors import DivergedError, Interrupted, Stopped
 
 

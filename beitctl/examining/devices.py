@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from beitctl.engine.gpus import GIB
-from beitctl.engine.meter import nominal
+from beitctl.engine.measuring.gpus import GIB
+from beitctl.engine.measuring.meter import nominal
 from beitctl.examining.finding import Finding
 
 FREE_SHARE = 0.9

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from beitctl import recipe
-from beitctl.engine.gpus import GIB
+from beitctl.engine.measuring.gpus import GIB
 from beitctl.examining.finding import Finding
 from beitctl.planning.estimate import Asked, estimate
 from beitctl.planning.memory import fixes, per_gpu

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from beitctl.engine import selfcheck, sharding_check
-from beitctl.engine.selfcheck import Check
+from beitctl.engine.measuring import selfcheck, sharding_check
+from beitctl.engine.measuring.selfcheck import Check
 from beitctl.engine.shard import compute_dtype
 from beitctl.examining.finding import Finding, guarded
 from beitctl.model.attention import BACKENDS, available

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from beitctl.data.images import Pictures, random_crop
-from beitctl.engine import ceilings
+from beitctl.engine.measuring import ceilings
 from beitctl.examining.finding import Finding
 
 DECODE = "pictures_per_core"

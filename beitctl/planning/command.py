@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from beitctl.engine.gpus import CARDS, Gpu, named
+from beitctl.engine.measuring.gpus import CARDS, Gpu, named
 from beitctl.errors import CapacityError, UserError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def plan(  # noqa: PLR0913 - one parameter per option
     from beitctl.planning import estimate, exact, text, work
     from beitctl.recipe import load
 
-    card = _here() if gpu is None else _known(gpu)
+    card = here() if gpu is None else _known(gpu)
     found = load(recipe, settings, stage="pretrain")
     table = _table(found, only)
     if require_fit and card is None:
@@ -132,7 +132,7 @@ def _table(recipe: "Recipe", only: str | None) -> "StageTable":
     return pretrain[0]
 
 
-def _here() -> Gpu | None:
+def here() -> Gpu | None:
     """The GPU of this machine, if it has one whose figures are known."""
     import torch
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from beitctl.engine.gpus import CARDS, GIB, Gpu
+from beitctl.engine.measuring.gpus import CARDS, GIB, Gpu
 from beitctl.planning.memory import FP32, MACHINE, SAVED, Memory, compute_bytes, fixes, per_gpu
 from beitctl.planning.work import Work, examples
 from beitctl.recipe import Recipe

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from beitctl.config import ModelConfig, TrainConfig
-from beitctl.engine.gpus import GIB
+from beitctl.engine.measuring.gpus import GIB
 from beitctl.planning.work import Work
 
 Saved = Literal["eager", "compiled", "recompute"]

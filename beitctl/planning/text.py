@@ -99,14 +99,14 @@ def _memory(memory: Mapping[str, Any]) -> Rows:
     groups = f"{memory['copies']:,} {'copy' if memory['copies'] == 1 else 'copies'}"
     shared = f"{memory['shard']:,} {'GPU' if memory['shard'] == 1 else 'GPUs'}, {groups}"
     rows = [("states shared by", shared)]
-    rows += [(k.replace("_", " "), _gib(v)) for k, v in memory.items() if k not in skipped and v]
-    rows += [(f"activations, {saved}", _gib(size)) for saved, size in memory["activations"].items()]
-    rows += [(f"total, {saved}", _gib(size)) for saved, size in memory["total"].items()]
+    rows += [(k.replace("_", " "), gib(v)) for k, v in memory.items() if k not in skipped and v]
+    rows += [(f"activations, {saved}", gib(size)) for saved, size in memory["activations"].items()]
+    rows += [(f"total, {saved}", gib(size)) for saved, size in memory["total"].items()]
     if memory["limit"] is None:
         return [*rows, ("of", UNKNOWN)]
     spare = memory["limit"] - memory["total"][memory["judged_by"]]
-    verdict = f"fits, {_gib(spare)} to spare" if memory["fits"] else f"does not fit, {_gib(-spare)} over"
-    return [*rows, ("of", f"{_gib(memory['limit'])}: {verdict} ({memory['judged_by']})")]
+    verdict = f"fits, {gib(spare)} to spare" if memory["fits"] else f"does not fit, {gib(-spare)} over"
+    return [*rows, ("of", f"{gib(memory['limit'])}: {verdict} ({memory['judged_by']})")]
 
 
 def _exact(exact: Mapping[str, Any], memory: Mapping[str, Any]) -> Iterator[str]:
@@ -119,11 +119,9 @@ def _exact(exact: Mapping[str, Any], memory: Mapping[str, Any]) -> Iterator[str]
     states, peak = exact["states"], exact["peak"]
     together = memory["total"][kept] - memory["reserve"]
     compared = {name: (size, memory[name]) for name, size in states.items()}
-    rows = [
-        (f"at the peak: {name}", _gib(size)) for name, size in peak.items() if size and name not in states
-    ]
+    rows = [(f"at the peak: {name}", gib(size)) for name, size in peak.items() if size and name not in states]
     compared["all at the peak"] = (exact["total"], together)
-    rows += [(name, f"{_gib(size)}; estimate {_gib(other)}") for name, (size, other) in compared.items()]
+    rows += [(name, f"{gib(size)}; estimate {gib(other)}") for name, (size, other) in compared.items()]
     yield from _table(title, [(name.replace("_", " "), value) for name, value in rows])
 
 
@@ -194,7 +192,7 @@ def _unit(count: float) -> tuple[float, str]:
     return size, units[-1]
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
     """Bytes in the largest binary unit of which there is a tenth."""
     return _bytes(size, 1024, ("KiB", "MiB", "GiB"))
 

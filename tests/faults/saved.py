@@ -4,9 +4,9 @@ import threading
 
 import torch
 
-from beitctl.engine import dcp
-from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import Ranks
+from beitctl.engine.saving import dcp
+from beitctl.engine.saving.checkpoint import Checkpoints
 
 ALONE = Ranks(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
 

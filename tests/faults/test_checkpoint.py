@@ -10,7 +10,7 @@ import pytest
 import torch
 from saved import Kept, bits, blank, tensors_of
 
-from beitctl.engine.dcp import some
+from beitctl.engine.saving.dcp import some
 from beitctl.errors import DataError, UserError
 
 
@@ -193,7 +193,7 @@ def test_saving_clears_drafts_of_earlier_attempts(kept):
 
 
 def test_a_checkpoint_of_another_format_is_left_alone(kept, monkeypatch):
-    monkeypatch.setattr("beitctl.engine.manifest.FORMAT", 2)
+    monkeypatch.setattr("beitctl.engine.saving.manifest.FORMAT", 2)
     kept.save(1)
     monkeypatch.undo()
     with pytest.raises(UserError, match="has format 2, this beitctl reads 1; install the one that wrote it"):

@@ -11,9 +11,9 @@ import torch
 from processes import ended, in_a_child
 from saved import ALONE, Gate, Kept, bits, tensors_of
 
-from beitctl.engine import dcp
 from beitctl.engine.dist import start
-from beitctl.engine.pieces import Memory, pieces_of
+from beitctl.engine.saving import dcp
+from beitctl.engine.saving.pieces import Memory, pieces_of
 from beitctl.errors import DivergedError, UserError
 
 pytestmark = pytest.mark.fault(4)
@@ -136,7 +136,7 @@ def test_too_little_host_memory_is_a_warning(kept, monkeypatch):
         raise RuntimeError("CUDA error: out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("beitctl.engine.pieces.torch.empty", none)
+        patched.setattr("beitctl.engine.saving.pieces.torch.empty", none)
         kept.begin(1)
     assert "NO CHECKPOINT of step 1 was written: no host memory for a copy" in kept.warnings[0]
     assert "set async_save = false" in kept.warnings[0]
@@ -157,7 +157,7 @@ def test_replicas_that_differ_end_the_run_at_the_next_save(kept, monkeypatch):
         raise DivergedError("weight differs")
 
     with monkeypatch.context() as patched:
-        patched.setattr("beitctl.engine.writing.check_replicas", differ)
+        patched.setattr("beitctl.engine.saving.writing.check_replicas", differ)
         kept.begin(5)
         with pytest.raises(DivergedError, match="weight differs"):
             kept.begin(6)
@@ -176,7 +176,7 @@ def test_host_memory_is_used_again():
 
 @pytest.mark.parametrize("block", [1, 64, 600])
 def test_copies_do_not_overlap_whatever_the_size_of_the_blocks(monkeypatch, block):
-    monkeypatch.setattr("beitctl.engine.pieces.BLOCK", block)
+    monkeypatch.setattr("beitctl.engine.saving.pieces.BLOCK", block)
     copies = Memory(torch.device("cpu")).copied(pieces_of(tensors_of(1), ALONE))
     assert bits({piece.name: piece.local for piece in copies}) == bits(tensors_of(1))
 

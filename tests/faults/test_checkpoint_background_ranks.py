@@ -10,10 +10,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from beitctl.engine import dcp
-from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import start
 from beitctl.engine.optim import weights_and_state
+from beitctl.engine.saving import dcp
+from beitctl.engine.saving.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.fault(4)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from saved import Kept, bits, tensors_of
 
-from beitctl.engine import dcp
-from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import start
+from beitctl.engine.saving import dcp
+from beitctl.engine.saving.checkpoint import Checkpoints
 from beitctl.errors import CapacityError
 
 pytestmark = pytest.mark.fault(3)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from beitctl.engine import files
-from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import start
+from beitctl.engine.saving import files
+from beitctl.engine.saving.checkpoint import Checkpoints
 
 
 def sharded(ranks, step):

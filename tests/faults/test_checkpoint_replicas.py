@@ -8,8 +8,8 @@ from test_checkpoint_ranks import outcome
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import start
+from beitctl.engine.saving.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.fault(14)
 

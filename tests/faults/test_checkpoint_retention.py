@@ -13,7 +13,7 @@ def saved_at(tmp_path, monkeypatch):
     def save(*hours, keep=1, every=24.0):
         kept = Kept(tmp_path, keep=keep, keep_every_hours=every)
         for step, hour in enumerate(hours, 1):
-            monkeypatch.setattr("beitctl.engine.writing.time.time", lambda hour=hour: hour * HOUR)
+            monkeypatch.setattr("beitctl.engine.saving.writing.time.time", lambda hour=hour: hour * HOUR)
             kept.save(step)
         return [int(name.removeprefix("step-")) for name in kept.names()]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from test_checkpoint_ranks import outcome, sharded, whole
 
-from beitctl.engine import files
-from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import start
+from beitctl.engine.saving import files
+from beitctl.engine.saving.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.fault(16)
 

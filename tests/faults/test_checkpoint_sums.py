@@ -8,11 +8,11 @@ import torch
 from saved import ALONE, Kept, blank, tensors_of
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from beitctl.engine import dcp, manifest
-from beitctl.engine.checkpoint import Checkpoints
 from beitctl.engine.dist import start
-from beitctl.engine.pieces import pieces_of
-from beitctl.engine.sums import added, own_sum
+from beitctl.engine.saving import dcp, manifest
+from beitctl.engine.saving.checkpoint import Checkpoints
+from beitctl.engine.saving.pieces import pieces_of
+from beitctl.engine.saving.sums import added, own_sum
 from beitctl.errors import DataError
 
 pytestmark = pytest.mark.fault(2)

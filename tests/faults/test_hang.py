@@ -11,9 +11,9 @@ from processes import ended, in_a_child
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from line import Line, Steps, alike, run, saved
 
-from beitctl.engine import heartbeat, watchdog
 from beitctl.engine.dist import start
-from beitctl.engine.heartbeat import Heartbeat
+from beitctl.engine.guarding import heartbeat, watchdog
+from beitctl.engine.guarding.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.fault(12)
 

@@ -9,8 +9,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from line import Heard, alike, run
 
-from beitctl.engine import optim, replicas
+from beitctl.engine import optim
 from beitctl.engine.dist import start
+from beitctl.engine.guarding import replicas
 from beitctl.errors import DivergedError
 
 pytestmark = pytest.mark.fault(14)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from beitctl.config import ModelConfig
-from beitctl.engine import selfcheck
-from beitctl.engine.selfcheck import attends, require
+from beitctl.engine.measuring import selfcheck
+from beitctl.engine.measuring.selfcheck import attends, require
 from beitctl.errors import SetupError
 from beitctl.model import attention
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from beitctl.engine import ceilings
+from beitctl.engine.measuring import ceilings
 
 CPU = torch.device("cpu")
 

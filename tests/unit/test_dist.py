@@ -9,7 +9,7 @@ import pytest
 
 from beitctl.engine import dist, meeting
 from beitctl.engine.dist import first_host, local_world, place_from, start
-from beitctl.engine.signals import Signals
+from beitctl.engine.guarding.signals import Signals
 from beitctl.errors import SetupError, UserError
 
 
@@ -65,7 +65,7 @@ def signal_and_wait(number):
 
 
 def test_the_second_ctrl_c_leaves_at_once(monkeypatch):
-    monkeypatch.setattr("beitctl.engine.signals.ECHO_S", 0.0)
+    monkeypatch.setattr("beitctl.engine.guarding.signals.ECHO_S", 0.0)
     with Signals():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -73,7 +73,7 @@ def test_the_second_ctrl_c_leaves_at_once(monkeypatch):
 
 
 def test_the_second_sigterm_leaves_at_once(monkeypatch):
-    monkeypatch.setattr("beitctl.engine.signals.ECHO_S", 0.0)
+    monkeypatch.setattr("beitctl.engine.guarding.signals.ECHO_S", 0.0)
     with Signals():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(SystemExit) as left:
@@ -103,7 +103,7 @@ def test_what_was_received_is_told_and_what_follows(capfd, number, text):
 
 
 def test_slurms_warning_and_its_end_are_one_request(monkeypatch):
-    monkeypatch.setattr("beitctl.engine.signals.ECHO_S", 0.0)
+    monkeypatch.setattr("beitctl.engine.guarding.signals.ECHO_S", 0.0)
     with Signals() as signals:
         for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)

@@ -10,8 +10,8 @@ import torch
 from run_stubs import beitctl
 
 from beitctl import doctor, recipe
-from beitctl.engine import ceilings, selfcheck
-from beitctl.engine.selfcheck import Check
+from beitctl.engine.measuring import ceilings, selfcheck
+from beitctl.engine.measuring.selfcheck import Check
 from beitctl.examining import devices, numerics, speeds
 from beitctl.examining.finding import Finding, guarded
 from beitctl.examining.fitting import RECIPES, fitting

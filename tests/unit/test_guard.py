@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import training
 
-from beitctl.engine.guard import Guard
+from beitctl.engine.guarding.guard import Guard
 
 CPU = torch.device("cpu")
 NAN = float("nan")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from beitctl.engine.meter import Meter, nominal
+from beitctl.engine.measuring.meter import Meter, nominal
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from beitctl import recipe
 from beitctl.api import Item
 from beitctl.data.batch import Portion, collate
-from beitctl.engine.gpus import CARDS, Gpu, named
 from beitctl.engine.learner import MultiwayLearner, Objective
+from beitctl.engine.measuring.gpus import CARDS, Gpu, named
 from beitctl.model.multiway import Multiway
 from beitctl.planning import estimate, text
 from beitctl.planning.memory import per_gpu

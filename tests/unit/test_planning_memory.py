@@ -8,7 +8,7 @@ from planned import MODEL, TRAIN, place, work  # noqa: F401 - the fixture works 
 from torch.nn import functional as F
 
 from beitctl import overrides
-from beitctl.engine.gpus import GIB
+from beitctl.engine.measuring.gpus import GIB
 from beitctl.model import attention
 from beitctl.model.multiway import Multiway
 from beitctl.model.plan import plan_of

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from beitctl.engine import profiling
-from beitctl.engine.profiling import Window
+from beitctl.engine.measuring import profiling
+from beitctl.engine.measuring.profiling import Window
 
 
 def run(folder, steps, numbers, warn=pytest.fail, rank=0):

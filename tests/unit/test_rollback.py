@@ -5,7 +5,7 @@ from small import Given, png
 from beitctl.api import Example
 from beitctl.config import ModelConfig
 from beitctl.data.loader import Place
-from beitctl.engine.rollback import Shifted
+from beitctl.engine.guarding.rollback import Shifted
 from beitctl_plugins.tokenizers.dvae_learner import Schedule, ShotSteps
 from beitctl_plugins.tokenizers.views import Crops, streams_of
 

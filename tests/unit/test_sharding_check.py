@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from beitctl.engine import sharding_check
 from beitctl.engine.dist import leave
-from beitctl.engine.sharding_check import shards
+from beitctl.engine.measuring import sharding_check
+from beitctl.engine.measuring.sharding_check import shards
 
 CPU = torch.device("cpu")
 

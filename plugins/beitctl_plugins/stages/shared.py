@@ -185,7 +185,7 @@ def fit(
         layers=model.layers, examples={stream.name: len(stream.examples) for stream in streams},
         saved=job.log.checkpoint,
         started=lambda step: job.log.note(f"resuming from step {step}") if step else None,
-        warn=job.log.warning, sampled=job.log.samples,
+        warn=job.log.warning, sampled=job.log.samples, memory_hint=job.memory_hint,
     )  # fmt: skip
     with closing(train(learner, data, config, session)) as steps:
         for step in steps:

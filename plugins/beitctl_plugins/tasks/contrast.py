@@ -18,7 +18,7 @@ from beitctl.api import Example, Item, Plugin, Term, Tools
 from beitctl.config import ModelConfig
 from beitctl.data.batch import Group
 from beitctl.engine.losses import gather_plain, gather_rows, info_nce
-from beitctl.engine.operations import of_contrast
+from beitctl.engine.measuring.operations import of_contrast
 from beitctl.errors import UserError
 from beitctl.model.flops import Flops, linear_weights, of_head, of_pass
 from beitctl.model.heads import ContrastiveHead, Pooler

@@ -138,8 +138,8 @@ class VQKD(Plugin):
     def _unaveraged(self) -> "VQKD":
         if self.train_config.ema_decay:
             raise ValueError(
-                f"train.ema_decay ({self.train_config.ema_decay:g}) must be 0: codes belong to the encoder as "
-                "it is, an averaged one would assign others"
+                f"train.ema_decay ({self.train_config.ema_decay:g}) must be 0: codes belong to the encoder "
+                "as it is, an averaged one would assign others"
             )
         return self
 

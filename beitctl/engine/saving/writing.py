@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from beitctl.engine import dcp, files, manifest
 from beitctl.engine.agreement import Together
 from beitctl.engine.dist import Ranks
-from beitctl.engine.pieces import Piece
-from beitctl.engine.retention import Kept
-from beitctl.engine.sums import Hashes, added, check_replicas, hashes_of, own_sum
+from beitctl.engine.saving import dcp, files, manifest
+from beitctl.engine.saving.pieces import Piece
+from beitctl.engine.saving.retention import Kept
+from beitctl.engine.saving.sums import Hashes, added, check_replicas, hashes_of, own_sum
 from beitctl.errors import CapacityError, UserError
 
 

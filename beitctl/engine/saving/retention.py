@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beitctl.engine import manifest
+from beitctl.engine.saving import manifest
 from beitctl.errors import DataError
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from beitctl.engine.dist import Ranks
-from beitctl.engine.guard import Verdict
+from beitctl.engine.guarding.guard import Verdict
 
 FOLDER = "captures"
 MOST = 3

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from beitctl.engine.selfcheck import BOUNDS, Check
+from beitctl.engine.measuring.selfcheck import BOUNDS, Check
 from beitctl.engine.shard import compute_dtype
 
 WIDTH, ROWS = 64, 32

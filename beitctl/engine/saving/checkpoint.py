@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from beitctl.engine import dcp, files, manifest
 from beitctl.engine.agreement import Together
 from beitctl.engine.dist import Ranks
-from beitctl.engine.pieces import Memory, Piece, pieces_of
-from beitctl.engine.retention import Kept
-from beitctl.engine.sums import HALF, added, own_sum
-from beitctl.engine.writing import Writing, check_order
+from beitctl.engine.saving import dcp, files, manifest
+from beitctl.engine.saving.pieces import Memory, Piece, pieces_of
+from beitctl.engine.saving.retention import Kept
+from beitctl.engine.saving.sums import HALF, added, own_sum
+from beitctl.engine.saving.writing import Writing, check_order
 from beitctl.errors import CapacityError, DataError, DivergedError, UserError
 
 Done = Callable[[int, Path, float], None]

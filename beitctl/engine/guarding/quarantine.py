@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from beitctl.engine import files
 from beitctl.engine.dist import Ranks
+from beitctl.engine.saving import files
 from beitctl.errors import DataError
 
 LIST = "quarantine.jsonl"

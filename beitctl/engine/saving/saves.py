@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from beitctl.config import TrainConfig
-from beitctl.engine.checkpoint import Checkpoints, Found
+from beitctl.engine.saving.checkpoint import Checkpoints, Found
 from beitctl.engine.session import Session
 from beitctl.errors import CapacityError, UserError
 

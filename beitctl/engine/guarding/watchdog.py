@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from beitctl.engine.heartbeat import EVERY_S, Heartbeat
+from beitctl.engine.guarding.heartbeat import EVERY_S, Heartbeat
 from beitctl.errors import Stopped
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from beitctl.engine.gpus import CARDS, GIB, named
+from beitctl.engine.measuring.gpus import CARDS, GIB, named
 
 TERA = 1e12
 

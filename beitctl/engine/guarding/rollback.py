@@ -10,10 +10,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from beitctl.engine import files
-from beitctl.engine.checkpoint import Found
 from beitctl.engine.dist import Ranks
-from beitctl.engine.guard import Verdict
+from beitctl.engine.guarding.guard import Verdict
+from beitctl.engine.saving import files
+from beitctl.engine.saving.checkpoint import Found
 from beitctl.errors import DivergedError
 
 LIST = "rollbacks.jsonl"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from beitctl.engine.dist import Ranks
-from beitctl.engine.pieces import Piece
+from beitctl.engine.saving.pieces import Piece
 from beitctl.errors import DivergedError
 
 HALF = 2**32

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from beitctl.engine.pieces import Piece
+from beitctl.engine.saving.pieces import Piece
 from beitctl.errors import DataError, UserError
 
 INDEX = ".metadata"
