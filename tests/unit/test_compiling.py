@@ -14,6 +14,7 @@ from beitctl.config import ModelConfig, OptimConfig, TrainConfig
 from beitctl.engine import compiling
 from beitctl.engine.compiling import Recompiles, prepare, rows_multiple
 from beitctl.errors import SetupError, UserError
+from beitctl.model import attention
 from beitctl.model.init import initial
 from beitctl.model.multiway import Multiway, Packed
 from beitctl.model.plan import plan_of, with_fillers
@@ -73,14 +74,25 @@ def quickly(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
-@pytest.mark.usefixtures("quickly")
+@pytest.fixture
+def kernel(monkeypatch):
+    """A stand-in for the kernel of a GPU, of its shapes."""
+    monkeypatch.setattr(attention.varlen, "varlen_attn", lambda q, k, v, cu, *_: (q + k + v) * cu.sum())
+    monkeypatch.setattr(attention, "PINS_FLASH", {})
+
+
+@pytest.mark.usefixtures("quickly", "kernel")
 @pytest.mark.parametrize(
-    ("form", "kinds"),
-    [(WIDE, 2), (replace(WIDE, layers=1, fusion_layers=0, attention="decoupled"), 1)],
-    ids=["shared, with vision-language experts above", "decoupled"],
+    ("form", "backend", "kinds"),
+    [
+        (replace(WIDE, layers=3), "varlen-flash", 2),
+        (replace(WIDE, layers=2, fusion_layers=0, attention="decoupled"), "padded", 1),
+    ],
+    ids=["variable lengths, vision-language experts above", "padded, decoupled"],
 )
-def test_nothing_is_compiled_after_the_first_step_over_50_steps_of_varying_lengths(form, kinds):
+def test_nothing_is_compiled_after_the_first_step_over_50_steps_of_varying_lengths(form, backend, kinds):
     model, told = model_of(form, CONFIG), []
+    model.attention_backend = backend
     watch, before = Recompiles(told.append), counters["stats"]["unique_graphs"]
     for step in range(1, 51):
         gradients(model, batch(model, seed=step))
