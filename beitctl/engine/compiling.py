@@ -6,6 +6,7 @@ serves all, where guessing which sizes stay the same compiles anew until torch g
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from beitctl.model.attention import chosen
 from beitctl.model.multiway import Block, Multiway
 
 Forward = Callable[..., Tensor]
-FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+DYNAMO = "torch._dynamo"
+"""The compiler's first part, which takes most of a second to import: only where something is compiled."""
 ROWS = 128
 """Text rows of a compiled batch are a multiple of this: the tile of a matrix product on a GPU."""
 GRAPHS = 64
@@ -84,7 +86,8 @@ def prepare(
     for model in module.modules():
         if isinstance(model, Multiway):
             model.attention_backend = _backend(model, config, device, dtype)
-    torch._dynamo.reset()  # graphs of an earlier model were made with its memory budget
+    if DYNAMO in sys.modules:
+        torch._dynamo.reset()  # graphs of an earlier model were made with its memory budget
     if blocks and compiled(config, device):
         symbolic.use_duck_shape = False  # two sizes that are equal by chance are not the same size
         torch._functorch.config.activation_memory_budget = config.memory_budget
@@ -151,6 +154,8 @@ class _Compiled:
 
     def __init__(self, block: Block, may_fail: bool, warn: Callable[[str], None]) -> None:
         self.plain, self.may_fail, self.warn = block.forward, may_fail, warn
+        errors = torch._dynamo.exc
+        self.failures = (errors.TorchDynamoException, errors.FailOnRecompileLimitHit)
         dynamic = True if block.mixed else None
         self.call: Forward = torch.compile(self.plain, fullgraph=True, dynamic=dynamic)
 
@@ -159,7 +164,7 @@ class _Compiled:
             return self.plain(*args, **kwargs)
         try:
             return self.call(*args, **kwargs)
-        except FAILURES as error:
+        except self.failures as error:
             _failed(error, self.may_fail, self.warn)
             self.call = self.plain
             return self.plain(*args, **kwargs)
@@ -203,4 +208,6 @@ class Recompiles:
 
 def compiled_graphs() -> int:
     """Graphs that this process has compiled."""
+    if DYNAMO not in sys.modules:
+        return 0
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -10,6 +10,8 @@ Backends read queries, keys and values in modality-major rows and return context
 A dispatcher never chooses: each backend pins its kernel (pytorch#196678: cuDNN with a mask gives NaN).
 """
 
+import functools
+import importlib
 import importlib.util
 import inspect
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from beitctl.config import ModelConfig
 from beitctl.model import relative
@@ -30,8 +32,13 @@ BACKENDS = ("padded", "varlen-flash", "varlen-fa3", "varlen-cudnn")
 HOPPER = (9, 0)
 CUDNN = 91800
 """First version of cuDNN that PyTorch's variable-length attention may use."""
-PINS_FLASH = {"num_splits": 1} if "num_splits" in inspect.signature(varlen.varlen_attn).parameters else {}
-"""What keeps PyTorch from choosing cuDNN by itself, which torch 2.11 never does."""
+
+
+@functools.cache
+def _takes_splits() -> bool:
+    """Whether ``varlen_attn`` has ``num_splits``, which keeps it from choosing cuDNN; torch 2.11 never does."""
+    varlen = importlib.import_module("torch.nn.attention.varlen")
+    return "num_splits" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def available(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -52,7 +59,7 @@ def available(backend: str, device: torch.device, dtype: torch.dtype, head_dim: 
         found = importlib.util.find_spec("flash_attn_interface")
         return "" if found else "needs the package flash_attn_interface (FlashAttention 3)"
     version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    if head_dim > 128 or not PINS_FLASH or (version or 0) < CUDNN:
+    if head_dim > 128 or not _takes_splits() or (version or 0) < CUDNN:
         return "needs torch 2.12, cuDNN 9.18 and heads up to 128"
     return ""
 
@@ -113,6 +120,8 @@ class Layout:
     """(T,) place in that order of every row. Of the other backends."""
     cu_seqlens: Tensor
     """(S + 1,) int32, where sequences begin in that order, and T. Of the other backends."""
+    pinned: bool
+    """Whether the kernel is kept from being cuDNN's. Of the other backends."""
     longest: int
     """Bound on the tokens of a sequence that is the same for all batches of a model."""
     row_sequence: Tensor
@@ -140,6 +149,7 @@ class Layout:
             perm=_on(device, perm),
             inverse=_on(device, np.argsort(perm)),
             cu_seqlens=_on(device, plan.cu_seqlens.astype(np.int32)),
+            pinned=not padded and backend == "varlen-flash" and _takes_splits(),
             longest=max(config.picture_tokens + config.text_tokens, _longest(plan)),
             row_sequence=_on(device, plan.row_sequence),
             text_positions=_on(device, plan.text_positions),
@@ -255,11 +265,13 @@ def from_sequences(x: Tensor, layout: Layout) -> Tensor:
 
 def attend_in_order(qkv: Tensor, layout: Layout, heads: int) -> Tensor:
     """(T, 3d) queries, keys, values in the order of sequences to (T, d) contexts; not of ``padded``."""
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - loads the compiler, most of a second
+
     total, triple = qkv.shape
     q, k, v = qkv.view(total, 3, heads, triple // 3 // heads).unbind(1)
-    pinned: dict[str, Any] = PINS_FLASH if layout.backend == "varlen-flash" else {}
+    pinned: dict[str, Any] = {"num_splits": 1} if layout.pinned else {}
     cu, longest = layout.cu_seqlens, layout.longest
-    context = varlen.varlen_attn(q, k, v, cu, cu, longest, longest, **pinned)
+    context = varlen_attn(q, k, v, cu, cu, longest, longest, **pinned)
     assert isinstance(context, Tensor)
     return context.reshape(total, triple // 3)
 
