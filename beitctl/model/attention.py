@@ -36,7 +36,7 @@ CUDNN = 91800
 
 @functools.cache
 def _takes_splits() -> bool:
-    """Whether ``varlen_attn`` has ``num_splits``, which keeps it from cuDNN; torch 2.11 never chooses that."""
+    """Whether ``varlen_attn`` has ``num_splits``, which keeps it from cuDNN; torch 2.11 never takes that."""
     varlen = importlib.import_module("torch.nn.attention.varlen")
     return "num_splits" in inspect.signature(varlen.varlen_attn).parameters
 
