@@ -111,7 +111,7 @@ def _peek(
 ) -> None:
     """Draw a contact sheet: pictures with id, class and first caption."""
     from beitctl.inspecting.sheet import sheet
-    from beitctl.report.events import replace_file
+    from beitctl.replacing import replace_file
 
     if out.is_dir():
         raise UserError(

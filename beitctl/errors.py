@@ -3,6 +3,11 @@
 A message says where, what was found, what is allowed and what to do. It is printed without a traceback.
 """
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of the system that mean: no more space."""
+
 
 class BeitctlError(Exception):
     """Base of all errors with an exit code; raised itself only for our own faults."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beitctl.config import ModelConfig
+from beitctl.engine.measuring import ceilings
 from beitctl.engine.measuring.selfcheck import attends
 from beitctl.engine.shard import compute_dtype
 from beitctl.model import flops
@@ -37,11 +38,7 @@ def gemm(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {"dtype": str(dtype)}
     for m in rows:
         for k, n in products:
-            left = torch.randn(m, k, device=bench.device, dtype=dtype)
-            right = torch.randn(k, n, device=bench.device, dtype=dtype)
-            out = torch.empty(m, n, device=bench.device, dtype=dtype)
-            seconds = bench.seconds(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), 30)  # type: ignore[misc]
-            found[f"{m}x{k}x{n}"] = 2 * m * k * n / seconds / 1e12
+            found[f"{m}x{k}x{n}"] = ceilings.gemm((m, k, n), dtype, bench.device)
     found["ceiling_tflops"] = max(value for value in found.values() if isinstance(value, float))
     return found
 

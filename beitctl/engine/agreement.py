@@ -1,16 +1,21 @@
 """What ranks do together: all of them succeed, or all raise the same error."""
 
-import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from beitctl.engine.dist import Ranks
-from beitctl.errors import BeitctlError, CapacityError, DataError, DivergedError, SetupError, UserError
+from beitctl.errors import (
+    DISK_FULL,
+    BeitctlError,
+    CapacityError,
+    DataError,
+    DivergedError,
+    SetupError,
+    UserError,
+)
 
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-"""Error numbers that mean: no more space."""
 ERRORS: dict[str, type[BeitctlError]] = {
     kind.__name__: kind
     for kind in (UserError, DataError, SetupError, CapacityError, DivergedError, BeitctlError)
@@ -78,7 +83,7 @@ def _translated(error: Exception, folder: Path) -> BeitctlError:
     if not isinstance(error, OSError):
         return BeitctlError(f"{folder}: unexpected error with a checkpoint: {error!r}")
     reason = error.strerror or str(error)
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         return CapacityError(
             f"{folder}: no space left for a checkpoint ({reason}); make room, or use another --out"
         )

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from beitctl.engine.shard import local
 
 
 class Average:
@@ -42,4 +43,4 @@ class Average:
 
 
 def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
+    return [local(tensor) for tensor in tensors.values()]

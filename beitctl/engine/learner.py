@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from beitctl.config import ModelConfig
+from beitctl.engine.losses import Sums
 from beitctl.engine.measuring import operations
 from beitctl.model.flops import of_pass
 from beitctl.model.multiway import Encoded, Multiway, Packed
@@ -16,9 +17,6 @@ from beitctl.model.multiway import Encoded, Multiway, Packed
 if TYPE_CHECKING:
     from beitctl.api import Task, Tools
     from beitctl.data.batch import Batch
-
-Sums = dict[str, tuple[Tensor, Tensor]]
-"""Per term the sum of its losses and the number of right predictions, 0-d each."""
 
 PIXELS = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from beitctl.config import TrainConfig
 from beitctl.data.workers import steps
-from beitctl.engine import optim, shard
+from beitctl.engine import losses, optim, shard
 from beitctl.engine.average import Average
 from beitctl.engine.collector import Collector, worker_begins
 from beitctl.engine.compiling import Recompiles
@@ -136,15 +136,11 @@ class _Loop:
         device = self.ranks.device
         self.learner.train()
         totals = torch.zeros(len(self.terms), 2, device=device)
+        weights, known = (dict(zip(self.terms, all_, strict=True)) for all_ in (self.weights, counts))
         for number, batch in enumerate(micro, 1):
             shard.last_pass(self.learner, number == len(micro))
             sums = self.learner(batch.to(device))
-            loss = torch.stack(
-                [
-                    weight * sums[term][0] / max(1.0, count)
-                    for term, weight, count in zip(self.terms, self.weights, counts, strict=True)
-                ]
-            ).sum()
+            loss = losses.weighted(sums, weights, known)
             loss.backward()  # type: ignore[no-untyped-call]
             totals += torch.stack([torch.stack([x.detach().float() for x in sums[t]]) for t in self.terms])
         norm = optim.clip(self.learner, self.config.optim.clip_norm)

@@ -1,5 +1,6 @@
 """Sums of losses over the predicted rows, and the gather that contrastive losses need."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+Sums = dict[str, tuple[Tensor, Tensor]]
+"""Per term the sum of its losses and the number of right predictions, 0-d each."""
 MOST_LOGITS = 2**28
 """Logits that are in memory at once, 1 GiB in fp32; with more they are computed in chunks, twice."""
 
@@ -43,6 +46,12 @@ def _cross_entropy(rows: Tensor, targets: Tensor, head: nn.Module) -> tuple[Tens
     logits = head(rows).float()
     total = F.cross_entropy(logits, targets, reduction="sum")
     return total, (logits.detach().argmax(-1) == targets).sum()
+
+
+def weighted(sums: Sums, weights: Mapping[str, float], counts: Mapping[str, float]) -> Tensor:
+    """The loss of a pass, 0-d: of every term its weight times the sum over the global count, added up."""
+    parts = [weight * sums[term][0] / max(1.0, counts[term]) for term, weight in weights.items()]
+    return torch.stack(parts).sum()
 
 
 class _AllGather(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from beitctl.config import OptimConfig
+from beitctl.engine.shard import whole
 
 UNDECAYED = ("cls_token", "vision_embed.position", "logit_scale")
 """Names without weight decay besides 1-D tensors (BEiT-3's code decays text positions and the mask token)."""
@@ -87,9 +88,7 @@ def moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 def clip(module: nn.Module, limit: float) -> Tensor:
     """Global gradient norm over all ranks, 0-d; gradients are scaled down to ``limit`` if that is above 0."""
     parameters = [p for p in module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if limit > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.detach()

@@ -138,6 +138,15 @@ def full_weights(module: nn.Module) -> dict[str, Tensor]:
     """Whole parameters and buffers on the CPU; every rank must call it."""
     found = {}
     for name, value in module.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        found[name] = whole.detach().cpu()
+        found[name] = whole(value).detach().cpu()
     return found
+
+
+def whole(value: Tensor) -> Tensor:
+    """The whole of a sharded tensor, of which every rank must ask; any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local(value: Tensor) -> Tensor:
+    """What this rank holds of a sharded tensor, uncopied; any other as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value

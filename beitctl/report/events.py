@@ -18,7 +18,6 @@ which ``float()`` reads.
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -29,6 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from beitctl.errors import DISK_FULL
+from beitctl.replacing import replace_file
 from beitctl.report.progress import Progress
 
 VERSION = 1
@@ -36,21 +37,6 @@ EVENTS = "events.jsonl"
 MEDIA = "media"
 PASSING = ("step", "samples", "note", "warning", "checkpoint")
 """Records without which a run goes on when the disk is full."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers that mean: no more space."""
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(data)
-        draft.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
 
 
 def plain(value: Any) -> Any:
@@ -181,7 +167,7 @@ class EventLog:
         try:
             _append(self._file, line.encode())
         except OSError as error:
-            if event not in PASSING or error.errno not in FULL:
+            if event not in PASSING or error.errno not in DISK_FULL:
                 raise
             self._lost(error)
         if self._json_stdout:

@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from beitctl.replacing import replace_file
 from beitctl.report import charts, events
 from beitctl.report.charts import Picture, Room
 from beitctl.report.progress import duration
@@ -117,7 +118,7 @@ def _render(folder: Path, title: str, overview: Overview | None, sections: list[
     )
     html = environment.get_template("page.html.j2").render(title=title, overview=overview, sections=sections)
     path = folder / REPORT
-    events.replace_file(path, html.encode("utf-8", errors="replace"))
+    replace_file(path, html.encode("utf-8", errors="replace"))
     return path
 
 

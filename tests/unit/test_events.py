@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from beitctl.replacing import replace_file
 from beitctl.report import events, progress
 from beitctl.report.events import EventLog
 from beitctl.report.progress import Progress
@@ -224,7 +225,7 @@ def test_replace_file_keeps_the_old_content_when_writing_fails(tmp_path, monkeyp
     path.write_bytes(b"old")
     monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
-        events.replace_file(path, b"new")
+        replace_file(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["page"]
     assert path.read_bytes() == b"old"
 

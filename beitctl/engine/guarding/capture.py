@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from beitctl.engine.dist import Ranks
 from beitctl.engine.guarding.guard import Verdict
+from beitctl.engine.losses import weighted
+from beitctl.engine.shard import local
 
 FOLDER = "captures"
 MOST = 3
@@ -72,11 +73,12 @@ def _about(learner: Any, suspect: Suspect, ranks: Ranks) -> dict[str, Any]:
     with torch.compiler.set_stance("force_eager"), torch.no_grad(), _watched(learner, blocks):
         for batch in suspect.micro:
             sums = learner(batch.to(ranks.device))
-            losses = {term: losses[term] + float(_share(sums, term, suspect)) for term in losses}
+            for term, count in suspect.counts.items():
+                losses[term] += float(sums[term][0]) / max(1.0, count)
     for batch in suspect.micro:
         sums = learner(batch.to(ranks.device))
-        shares = [weight * _share(sums, term, suspect) for term, weight in learner.weights.items()]
-        torch.stack(shares).sum().backward()  # type: ignore[no-untyped-call]
+        loss = weighted(sums, learner.weights, suspect.counts)
+        loss.backward()  # type: ignore[no-untyped-call]
     bad = [name for name, parameter in learner.named_parameters() if not _finite_gradient(parameter)]
     learner.zero_grad(set_to_none=True)
     found = ranks.gather_objects(bad)
@@ -93,11 +95,6 @@ def _about(learner: Any, suspect: Suspect, ranks: Ranks) -> dict[str, Any]:
         "world": ranks.world,
         "torch": str(torch.__version__),
     }
-
-
-def _share(sums: Mapping[str, tuple[Tensor, Tensor]], term: str, suspect: Suspect) -> Tensor:
-    """What a pass adds to the mean loss of a term."""
-    return sums[term][0] / max(1.0, suspect.counts[term])
 
 
 @contextlib.contextmanager
@@ -124,11 +121,7 @@ def _watched(learner: nn.Module, seen: list[tuple[str, Tensor]]) -> Iterator[Non
 
 
 def _finite_gradient(parameter: nn.Parameter) -> bool:
-    gradient = parameter.grad
-    if gradient is None:
-        return True
-    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    return bool(torch.isfinite(local).all())
+    return parameter.grad is None or bool(torch.isfinite(local(parameter.grad)).all())
 
 
 def _arrays(micro: Sequence[Any]) -> Iterator[tuple[str, Any]]:

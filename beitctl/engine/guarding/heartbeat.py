@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from beitctl.replacing import replace_file
+
 EVERY_S = 10.0
 """Seconds between two writes."""
 PHASES = ("data", "counts", "step", "check", "save", "log")
@@ -37,10 +39,8 @@ class Heartbeat:
             "phase": self.phase, "time": time.time(),
         }  # fmt: skip
         path = self.folder / f"heartbeat-rank-{self.rank}.json"
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
-            draft.write_text(json.dumps(body), encoding="utf-8")
-            draft.replace(path)
+            replace_file(path, json.dumps(body).encode())
 
     def behind(self, world: int) -> str:
         """Which ranks are behind the furthest one, and what they were about; empty if none is."""

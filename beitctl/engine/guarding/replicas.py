@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from beitctl.engine.shard import whole
 from beitctl.errors import DivergedError
 
 TOLERANCE = 1e-6
@@ -24,8 +24,7 @@ def weight_norm(module: nn.Module) -> Tensor | None:
     parameters = [parameter.detach() for parameter in module.parameters()]
     if not any(_replicated(parameter) for parameter in parameters):
         return None
-    norm: Any = torch.nn.utils.get_total_norm(parameters)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(torch.nn.utils.get_total_norm(parameters))
 
 
 def _replicated(parameter: Tensor) -> bool:

@@ -6,18 +6,17 @@ The most that a training could reach, and what its share of it is counted agains
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import re
 import statistics
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from beitctl.engine.shard import compute_dtype
+from beitctl.replacing import replace_file
 
 SHAPES = tuple((rows, 1408, out) for rows in (32_896, 9_728) for out in (4224, 1408, 6144))
 """(M, K, N) of the products of the giant's blocks: 128 pictures of 257 tokens, 76 texts of 128."""
@@ -45,14 +44,14 @@ def measure(device: torch.device) -> Figures:
     cuda = device.type == "cuda"
     dtype = compute_dtype("auto", device)
     return {
-        GEMM: max(_gemm(shape, dtype, device) for shape in (SHAPES if cuda else CPU_SHAPES)),
+        GEMM: max(gemm(shape, dtype, device) for shape in (SHAPES if cuda else CPU_SHAPES)),
         COPY: _copy(COPY_BYTES if cuda else CPU_COPY_BYTES, device),
         "dtype": str(dtype).removeprefix("torch."),
         WHEN: time.strftime("%Y-%m-%d"),
     }
 
 
-def _gemm(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
+def gemm(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
     """TFLOP/s of a product (M, K) x (K, N)."""
     m, k, n = shape
     left = torch.randn(m, k, device=device, dtype=dtype)
@@ -125,14 +124,9 @@ def remember(device: torch.device, figures: Mapping[str, float | str], folder: P
     if file is None:
         return False
     known = recalled(device, folder) | dict(figures) | {"device": " | ".join(identity(device))}
-    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(known) + "\n", encoding="utf-8")
-        os.replace(draft, file)
+        replace_file(file, (json.dumps(known) + "\n").encode())
     except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink()
         return False
     return True
 

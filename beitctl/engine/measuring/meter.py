@@ -13,7 +13,7 @@ class Meter:
     Args:
         device: where this rank computes.
         world: number of ranks, one GPU each.
-        ceiling: TFLOP/s that one GPU reached in matrix products alone (``engine.ceilings``); None if it was
+        ceiling: TFLOP/s that one GPU reached in matrix products alone (``ceilings``); None if it was
             never measured.
     """
 

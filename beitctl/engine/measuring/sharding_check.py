@@ -11,10 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from beitctl.engine.measuring.selfcheck import BOUNDS, Check
-from beitctl.engine.shard import compute_dtype
+from beitctl.engine.shard import compute_dtype, whole
 
 WIDTH, ROWS = 64, 32
 
@@ -110,5 +109,4 @@ def _skipped_step(sharded: nn.Module) -> Check:
 def _whole(value: Tensor | None) -> Tensor:
     """The full tensor of a shard in fp64, a copy."""
     assert value is not None
-    full = value.full_tensor() if isinstance(value, DTensor) else value
-    return full.double().clone()
+    return whole(value).double().clone()

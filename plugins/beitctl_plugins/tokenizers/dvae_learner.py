@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from beitctl.data.loader import Place, Stream, drawn
 from beitctl.data.order import digest
-from beitctl.engine.learner import HALF, Sums, normalise
+from beitctl.engine.learner import HALF, normalise
+from beitctl.engine.losses import Sums
 from beitctl.errors import DivergedError
 from beitctl.model.dvae import DiscreteVAE, kl_to_uniform
 

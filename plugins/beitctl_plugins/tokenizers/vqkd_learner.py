@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from beitctl.data.loader import Place, Stream, drawn
-from beitctl.engine.learner import HALF, Sums, normalise
+from beitctl.engine.learner import HALF, normalise
+from beitctl.engine.losses import Sums
 from beitctl.model.codebook import Upkeep
 from beitctl.model.flops import linear_weights, of_head, of_pass
 from beitctl.model.plan import plan_of
