@@ -61,10 +61,6 @@ class Ranks:
         found: list[float] = tensor.tolist()
         return found
 
-    def vote(self, ok: bool) -> bool:
-        """Whether all ranks say yes."""
-        return self.sum([float(not ok)])[0] == 0
-
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank; anything that JSON holds, because nothing is ever unpickled."""
         return self.gather_objects(value if self.main else None)[0]
