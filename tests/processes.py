@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -87,6 +88,8 @@ def in_a_child(action: Callable[[], Any]) -> int:
         try:
             action()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return child

@@ -59,7 +59,7 @@ def test_a_planted_crash_comes_with_the_place_where_it_happened(tmp_path):
 
 @pytest.mark.parametrize("kind", ["hog", "lazy-hog"])
 def test_planted_use_of_memory_is_found_while_it_lasts_and_afterwards(kind, tmp_path):
-    code, report = planted(tmp_path, kind, "--limit-mib", "300")
+    code, report = planted(tmp_path, kind, "--limit-mib", "300", "--limit-seconds", "10")
     (found,) = report["findings"]
     assert (code, found["result"], found["number"]) == (1, "memory", 1)
     assert report["peak_mib"] > 300

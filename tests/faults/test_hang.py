@@ -38,18 +38,25 @@ def training(folder, minutes):
     run(folder, learner=Stuck(), steps=5, save_every_steps=1, hang_minutes=minutes)
 
 
-def test_a_hang_ends_with_75_and_the_stacks(tmp_path, capfd):
+def hung(folder):
+    """Exit code of a process that hangs, forked from one that has done nothing else."""
+    return ended(in_a_child(lambda: training(Path(folder) / "run", 0.05)))
+
+
+def test_a_hang_ends_with_75_and_the_stacks(on_ranks, tmp_path):
     begun = time.monotonic()
-    assert ended(in_a_child(lambda: training(tmp_path, 0.02))) == 75
+    assert on_ranks(hung, 1, tmp_path) == [75]
     assert time.monotonic() - begun < 60
-    assert "waiting_for_a_rank_that_is_gone" in (tmp_path / "stacks-rank-0.txt").read_text()
-    assert "rank 0: no step in 0.02 minutes (train.hang_minutes)" in capfd.readouterr().err
+    stacks = (tmp_path / "run" / "stacks-rank-0.txt").read_text()
+    assert "waiting_for_a_rank_that_is_gone" in stacks
+    said = (tmp_path / "ranks" / "stderr-0.txt").read_text()
+    assert "rank 0: no step in 0.05 minutes (train.hang_minutes)" in said
 
 
-def test_what_was_saved_before_a_hang_is_gone_on_with(tmp_path):
-    ended(in_a_child(lambda: training(tmp_path, 0.02)))
-    assert saved(tmp_path)[-1] == "step-00000002"
-    assert [step.number for step, _ in run(tmp_path, steps=5)] == [3, 4, 5]
+def test_what_was_saved_before_a_hang_is_gone_on_with(on_ranks, tmp_path):
+    assert on_ranks(hung, 1, tmp_path) == [75]
+    assert saved(tmp_path / "run")[-1] == "step-00000002"
+    assert [step.number for step, _ in run(tmp_path / "run", steps=5)] == [3, 4, 5]
 
 
 @pytest.mark.parametrize("minutes", [0, 30])
