@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Object:
+    """One thing in a picture, for detection."""
+
+    label: str
+    """Name of its class."""
+    box: tuple[float, float, float, float]
+    """Left, top, width and height in pixels, as in COCO."""
+    mask: Any = None
+    """Its pixels as in COCO: a list of polygons (flat lists of x, y), or a run-length encoding (a dict with
+    ``size`` and ``counts``); None where only the box is known."""
+    crowd: bool = False
+    """Whether it is a group of which no member is told apart: not trained on, and no mistake when found."""
+
+
+@dataclass(frozen=True)
 class Example:
     """One raw item of a source; what it has not is None or empty."""
 
@@ -47,7 +62,12 @@ class Example:
     segmentation: bytes | Path | None = None
     """A picture of the same size whose grey values are class numbers (ADE20K: 0 is none of them)."""
     token_ids: Any = None
-    """(S,) int64 array of ids in place of ``text``, without start and end: a sequence of packed text."""
+    """(S,) int64 array of ids in place of ``text``, without start and end: a sequence of packed text, or the
+    question or statement of an index that holds ids."""
+    caption_ids: tuple[Any, ...] = ()
+    """(S,) int64 arrays of ids in place of ``captions``, without start and end."""
+    objects: tuple[Object, ...] = ()
+    """The things in the picture (detection)."""
 
 
 class Examples(Protocol):
@@ -59,8 +79,9 @@ class Examples(Protocol):
     that grow with the length of each text, so that ranks get equal work), ``parts`` (pairs of a weight and
     examples: a mixture, each part with its own epochs), ``label(index)`` and ``words(index)`` (the class,
     or captions and text, of an example without the rest; ask through ``beitctl.data.labels``), ``state``
-    (changes whenever a file was touched, unlike the fingerprint: for caches) and ``notes`` (list of str:
-    what makes reading slow, for ``beitctl data check``).
+    (changes whenever a file was touched, unlike the fingerprint: for caches), ``notes`` (list of str:
+    what makes reading slow, for ``beitctl data check``) and ``segments`` (tuple of str: names of the classes
+    1, 2, .. of ``Example.segmentation``).
 
     ``__getitem__`` raises ``DataError`` for an example that cannot be used, which another one replaces, and
     ``ChangedError`` when the data are not any more what was opened, which ends the run.
@@ -106,6 +127,10 @@ class Item:
     code_view: "np.ndarray[Any, Any] | None" = None
     """(3, h, h) uint8: the part of the picture that ``image`` shows, at the size of the image tokenizer. With
     it ``patch_targets`` is 0 where a code is to be predicted: codes are computed in the training step."""
+    second: "np.ndarray[Any, Any] | None" = None
+    """(3, H, W) uint8: the other picture, of the layout ``two-pairs``."""
+    extra: "Mapping[str, np.ndarray[Any, Any]]" = field(default_factory=dict)
+    """Arrays that only the task itself reads, by name: soft targets, boxes, masks."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +176,14 @@ class Task(Protocol):
     table (plain TOML data, without ``kind``) the settings that a toy model needs, for ``--smoke``.
     """
 
-    layout: ClassVar[Literal["image", "text", "pair", "dual"]]
-    """Which sequences an item becomes: one of pictures, of text, of both joined, or one of each apart."""
+    layout: ClassVar[Literal["image", "text", "pair", "dual", "two-pairs"]]
+    """Which sequences an item becomes: one of pictures, of text, of both joined, one of each apart, or two:
+    the picture joined with the text, and the second picture joined with the same text.
+
+    Optional class variable: ``causal_text`` (bool): in pairs, text sees its picture and earlier text alone.
+    Optional method: ``augmented(pixels, group)``, which changes the normalised pictures (n, 3, H, W) of a
+    training batch on its device (mixup); all its randomness comes from ``group.chance``.
+    """
 
     def heads(self, tools: Tools) -> "dict[str, nn.Module]":
         """Heads by name; tasks that return the same name share one."""
@@ -182,13 +213,40 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a task finds on held-out examples."""
+
+    metrics: dict[str, float]
+    """Metrics by name, the most telling first; among them ``examples``, and the baseline to beat."""
+    each: "Mapping[str, Any]" = field(default_factory=dict)
+    """For metrics whose confidence interval is wanted: either a (n,) array whose mean is the metric, one
+    value per example or query, or a pair of n and a function from (n,) indices of examples, drawn with
+    replacement, to the metric."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """One JSON object per example for ``predictions.jsonl``: id, what was predicted, what is true."""
+    files: "Mapping[str, Any]" = field(default_factory=dict)
+    """JSON content by file name, in the form that an evaluation server or tool reads."""
+
+
 class FinetuneTask(Task, Protocol):
-    """A task that can also measure a fine-tuned model and draw what it does."""
+    """A task that can also measure a fine-tuned model and draw what it does.
+
+    Optional methods: ``vocabulary(examples) -> tuple[str, ...]``: names of the classes or answers of training
+    examples, which become ``Tools.labels`` (by default the labels that occur, sorted); ``fitted(config)``:
+    the model's configuration as the task needs it; ``infer(learner, chunk, tools) -> Any``: the output for
+    some (example, item) pairs where it is more than ``output`` of one forward pass (beam search, sliding
+    windows), called without gradient on a whole, unsharded ``MultiwayLearner`` in eval mode;
+    ``usable(examples, labels) -> Sequence[int]``: the indices of training examples that it can learn from;
+    ``smoke_data(split) -> dict``: table of the source that ``--smoke`` reads, for split "train" or "test".
+    Optional class variable ``heads_from`` (dict): heads that begin as heads of pretraining, by name; optional
+    property ``even_passes`` (bool): every forward pass of training must hold an even number of samples.
+    """
 
     def score(
         self, outputs: Sequence[Any], examples: Sequence[Example], tools: Tools, train: Examples
-    ) -> dict[str, float]:
-        """Metrics by name; ``outputs`` are those of ``output`` for ``examples``, batch by batch."""
+    ) -> Measured:
+        """Metrics; ``outputs`` are those of ``output`` for ``examples``, batch by batch, on the host."""
         ...
 
     def draw(self, outputs: Sequence[Any], examples: Sequence[Example], tools: Tools, log: "Log") -> None:

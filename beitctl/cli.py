@@ -28,6 +28,7 @@ from beitctl.options import (
     OutOption,
     PartitionOption,
     RecipeOption,
+    RequireOption,
     ResumeOption,
     SetOption,
     SlurmOption,
@@ -186,6 +187,7 @@ def _stage_command(label: str) -> Any:
         gpus: GpusOption = None,
         resume: ResumeOption = True,
         only: OnlyOption = None,
+        require: RequireOption = [],  # noqa: B006
         max_time: MaxTimeOption = None,
         smoke: SmokeOption = False,
         verify: VerifyOption = False,
@@ -199,6 +201,9 @@ def _stage_command(label: str) -> Any:
     ) -> None:
         catalog.plugin(STAGES, name)
         found, keys = running.stage_tables(name, recipe, settings, only, smoke=smoke)
+        if require:
+            more = running.requirements(found, keys, require)
+            found, keys = running.stage_tables(name, recipe, [*settings, *more], only, smoke=smoke)
         running.check_places(found, keys, out, allow)
         request = Request(nodes, gpus, partition, time, tuple(slurm))
         if verify or dry_run:

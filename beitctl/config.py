@@ -173,6 +173,8 @@ class OptimConfig:
     """Largest global gradient norm; 0 does not clip."""
     layer_decay: float = 1.0
     """Learning-rate factor from one block to the one below it; 1 switches it off."""
+    head_factor: float = 1.0
+    """Learning-rate factor of the heads but a pooler (VQA of BEiT-3 and VLMo: 20)."""
 
     def __post_init__(self) -> None:
         if self.peak_lr <= 0:
@@ -187,6 +189,8 @@ class OptimConfig:
             raise ValueError(f"eps ({self.eps}) must be above 0")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay ({self.layer_decay}) must be above 0 and at most 1")
+        if self.head_factor <= 0:
+            raise ValueError(f"head_factor ({self.head_factor}) must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

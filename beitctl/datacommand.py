@@ -1,4 +1,4 @@
-"""The commands ``beitctl data``: check, peek and pack what lies at a path.
+"""The commands ``beitctl data``: check, peek, pack and index what lies at a path.
 
 Their modules are imported inside the commands, so that --help answers at once.
 """
@@ -17,6 +17,7 @@ import typer
 from beitctl.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
+    from beitctl.api import TextTokenizer
     from beitctl.inspecting.finding import Found
 
 data = typer.Typer(
@@ -178,6 +179,87 @@ def _pack(  # noqa: PLR0913 - one parameter per option
     sys.stderr.write(
         f"next: beitctl data check {_again(str(out))}, or put into a recipe: {printable(line)}\n"
     )
+
+
+@data.command("index")
+def _index(  # noqa: PLR0913 - one parameter per option
+    context: typer.Context,
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK",
+            help="imagenet, nlvr2, vqav2, coco-captioning, coco-retrieval, flickr30k or nocaps.",
+        ),
+    ],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="Folder of the data set: annotations and pictures.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the index files.")],
+    splits: Annotated[
+        list[str], typer.Option("--split", metavar="SPLIT", help="Write this part only. Repeatable.")
+    ] = [],  # noqa: B006 - typer reads the default and never changes it
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer", metavar="FILE", help="Write ids of this text tokenizer in place of texts."
+        ),
+    ] = None,
+    rest_val: Annotated[
+        int,
+        typer.Option("--rest-val", metavar="N", min=1, help="vqav2: pictures of val to keep for validation."),
+    ] = 1000,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="vqav2: chooses those pictures.")] = 0,
+    max_bad_share: Annotated[
+        float,
+        typer.Option(
+            "--max-bad-share", metavar="SHARE", min=0, max=1, help="Largest share of unusable rows."
+        ),
+    ] = 0.01,
+) -> None:
+    """Write the index files of BEiT-3's fine-tuning code from published annotations."""
+    from beitctl.inspecting import indexing
+
+    quiet = context.obj.quiet
+    settings = indexing.Settings(
+        tuple(dict.fromkeys(splits)), _text_tokenizer(tokenizer), rest_val, seed, max_bad_share, quiet
+    )
+    try:
+        note = indexing.write(task, path, out, settings)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; files that are there are whole, give the same command again"
+        ) from None
+    sys.stdout.write(f"{out}\n")
+    lost = {name: found["count"] for name, found in note["left_out"].items()}
+    for name, count in lost.items():
+        sys.stderr.write(f"{name}: {count:,} left out, see {out / indexing.NOTE}\n")
+    for name, count in note.get("without_known_answer", {}).items():
+        sys.stderr.write(f"{name}: {count:,} questions without an answer of the vocabulary dropped\n")
+    if not quiet:
+        sys.stderr.write("".join(f"{count:>11,} {name}\n" for name, count in note["rows"].items()))
+        first = next(name for name in note["rows"] if name != indexing.ANSWERS)
+        again = _again(
+            str(path), "beit3-index", [f"index={json.dumps(str(out.resolve()))}", f'files=["{first}"]']
+        )
+        sys.stderr.write(f"next: beitctl data check {again}\n")
+
+
+def _text_tokenizer(path: Path | None) -> "TextTokenizer | None":
+    """The tokenizer of ``--tokenizer``.
+
+    Raises:
+        UserError: it is none of texts.
+        DataError: there is none.
+    """
+    if path is None:
+        return None
+    from beitctl.checkpoints.native import load_tokenizer
+
+    found = load_tokenizer(path)
+    if not hasattr(found, "start_id"):
+        raise UserError(f"--tokenizer {path}: reads pictures, but it must be a tokenizer of texts")
+    tokenizer: TextTokenizer = found
+    return tokenizer
 
 
 def _found(path: str, kind: str | None, settings: list[str]) -> "Found":

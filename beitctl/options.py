@@ -47,6 +47,14 @@ GpusOption = Annotated[
         "--gpus", metavar="N", help="Processes to start, one per GPU; with --submit those of each machine."
     ),
 ]
+RequireOption = Annotated[
+    list[str],
+    typer.Option(
+        "--require",
+        metavar="METRIC>=X",
+        help="End with exit code 7 unless this holds, e.g. 'recall@1>=0.6'. Repeatable.",
+    ),
+]
 MaxTimeOption = Annotated[
     str | None,
     typer.Option(

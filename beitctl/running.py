@@ -5,6 +5,7 @@ Heavy modules are imported inside the functions, so that --help answers at once.
 # ruff: noqa: PLC0415
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,21 @@ def stage_tables(
 
         found = shrunk(found, stage, keys, settings)
     return found, keys
+
+
+def requirements(recipe: "Recipe", keys: Sequence[str], conditions: Sequence[str]) -> list[str]:
+    """What ``--require`` means as ``--set``.
+
+    Raises:
+        UserError: a table is of a stage that measures nothing.
+    """
+    for key in keys:
+        if "require" not in type(recipe.tables[key].plugin).model_fields:
+            raise UserError(
+                f"--require: the stage {recipe.tables[key].stage} measures nothing that a condition could be "
+                "about; use it with finetune or eval"
+            )
+    return [f"{key}.require+={json.dumps(condition)}" for key in keys for condition in conditions]
 
 
 def _chosen(found: "Recipe", stage: str, only: str | None) -> list[str]:

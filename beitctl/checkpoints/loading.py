@@ -15,7 +15,7 @@ from beitctl.api import Tools
 from beitctl.checkpoints import files, mapping, native
 from beitctl.checkpoints.adapt import adapted
 from beitctl.checkpoints.formats import FORMATS
-from beitctl.checkpoints.models import model_with
+from beitctl.checkpoints.models import SegmentationModel, model_with
 from beitctl.checkpoints.native import Stored, check_finite, fit
 from beitctl.checkpoints.settings import HINTS, mistyped, unknown
 from beitctl.config import ModelConfig
@@ -186,7 +186,8 @@ class TaskModel(nn.Module):
             raise ValueError(f"this task needs {'image and text' if dual else 'image'}")
         packed, _ = self.model.pack(image, text, image_mask, text_pad, dual=dual)
         plan, device = packed.layout.plan, self.model.device
-        encoded: Encoded = self.model.encoded(packed)
+        depths = getattr(self.task, "depths", None)
+        encoded: Encoded = self.model.encoded(packed, depths(self.model.config) if callable(depths) else ())
         group: Any = SimpleNamespace(
             picture_rows=torch.from_numpy(plan.image_rows(0, len(image))).to(device),
             text_first=torch.from_numpy(plan.text_starts.copy()).to(device),
@@ -233,6 +234,8 @@ def load_model(path: str | Path, **settings: Any) -> nn.Module:
         raise DataError(f"{stored.folder}: its heads are damaged: {listed}") from error
     if model is not None:
         fit(tensors, model, "" if shapes else "model.", stored.folder)
+        if isinstance(model, SegmentationModel) and stored.task:
+            model.taps = tuple(stored.task.get("taps") or model.taps)
         return model.eval()
     task = stored.open_task()
     if task is None:

@@ -31,6 +31,8 @@ class Pair:
     axis: int = 0
     group: str = ""
     """Name of an optional part: a file holds all pairs of a group or none. Empty: it must."""
+    counts: bool = False
+    """Whether it holds whole numbers: how many batches a norm has seen."""
 
     def read(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Ours from theirs; names and shapes are known to fit."""
@@ -180,8 +182,10 @@ def _unlike(name: str, tensor: Tensor, shape: Shape, pair: Pair) -> list[str]:
     """What keeps a tensor from being one of a pair."""
     if tuple(tensor.shape) != shape:
         return [f"{name} is {tuple(tensor.shape)}, expected {shape}"]
-    if tensor.is_floating_point() or pair.ours[0].startswith(UNREAD):
+    if pair.ours[0].startswith(UNREAD) or tensor.is_floating_point() != pair.counts:
         return []
+    if pair.counts:
+        return [f"{name} is {tensor.dtype}, expected whole numbers"]
     return [f"{name} is {tensor.dtype}, expected floating numbers (quantised weights are not read)"]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from beitctl.config import ModelConfig
+from beitctl.model.dense import Segmenter, default_taps, feature_maps
 from beitctl.model.heads import Aggregation, BertHead, Classifier, ContrastiveHead, MlpHead, Pooler
 from beitctl.model.multiway import Encoded, Multiway
 
@@ -75,6 +76,45 @@ class ClassificationModel(HeadedModel):
         """(B, 3, H, W) normalised to (B, V) logits."""
         encoded, _ = self.encoded(image, None, None)
         logits: Tensor = self.heads["classifier"](self.pictures(encoded))
+        return logits
+
+
+class TextClassificationModel(HeadedModel):
+    """Class logits of texts, from their first token."""
+
+    names: ClassVar[tuple[str, ...]] = ("text_classifier",)
+    needed: ClassVar[tuple[str, ...]] = ("text_classifier",)
+
+    def build(self, config: ModelConfig, shapes: Shapes) -> dict[str, nn.Module]:
+        return {"text_classifier": nn.Linear(config.width, shapes["text_classifier.weight"][0])}
+
+    def forward(self, text: Tensor, *, text_pad: Tensor | None = None) -> Tensor:
+        """Texts (B, S) to (B, V) logits."""
+        encoded, first = self.encoded(None, text, text_pad)
+        logits: Tensor = self.heads["text_classifier"](encoded.rows[first])
+        return logits
+
+
+class SegmentationModel(HeadedModel):
+    """Class logits of every pixel; ``taps`` are the blocks after which its four maps are taken."""
+
+    names: ClassVar[tuple[str, ...]] = ("segmenter",)
+    needed: ClassVar[tuple[str, ...]] = ("segmenter",)
+
+    def build(self, config: ModelConfig, shapes: Shapes) -> dict[str, nn.Module]:
+        self.taps = default_taps(config.layers)
+        classes = shapes["segmenter.decode_head.classifier.weight"][0]
+        other = "segmenter.auxiliary_head.classifier.weight" in shapes
+        return {"segmenter": Segmenter(config, classes, auxiliary=other)}
+
+    def depths(self) -> list[int]:
+        return sorted(set(self.taps))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised, of h x w patches, to (B, V, 4 h, 4 w) logits."""
+        encoded, _ = self.encoded(image, None, None)
+        rows = torch.arange(len(encoded.rows), device=self.model.device).view(len(image), -1)
+        logits: Tensor = self.heads["segmenter"](feature_maps(encoded, rows, self.taps))
         return logits
 
 
@@ -299,6 +339,8 @@ class MatchingModel(RetrievalModel):
 
 MODELS: tuple[type[HeadedModel], ...] = (
     ClassificationModel,
+    SegmentationModel,
+    TextClassificationModel,
     RetrievalModel,
     AnswerModel,
     ReasoningModel,

@@ -91,7 +91,7 @@ def save_model(
 ) -> None:
     """Write a model with its configuration, so that the folder needs nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
+    whole = {name: _plain(value.detach()).cpu().contiguous() for name, value in tensors.items()}
     whole |= {UNREAD + name: value.cpu().contiguous() for name, value in (unread or {}).items()}
     save_file(_apart(whole), folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
     (folder / f"{WEIGHTS}.tmp").replace(folder / WEIGHTS)

@@ -1,4 +1,4 @@
-"""transformers' ``BeitModel``, ``BeitForMaskedImageModeling`` and ``BeitForImageClassification``.
+"""transformers' ``BeitModel``, and its classes for masked images, classification and segmentation.
 
 Two spellings are read. Files of ``save_pretrained`` and all files on the Hub have the names that the library
 began with (``encoder.layer.0.attention.attention.query``); older ones also hold index buffers. Since 5.23 the
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from beitctl.checkpoints.mapping import UNREAD, Made, Pair, Table, fused, same, view
 from beitctl.checkpoints.parts import HEAD_WIDTH, linear, norm, patches, rows, shape, square
+from beitctl.checkpoints.segmenter import classes_of, segmenter
 from beitctl.config import ModelConfig
 from beitctl.errors import UserError
 from beitctl.model.relative import SPECIAL, picture_index, table_rows
@@ -117,7 +118,7 @@ class TransformersBeit:
     name = "transformers BEiT"
 
     def matches(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether the names are those of one of the three classes, or of their body with a foreign head."""
+        """Whether the names are those of one of the classes, or of their body with a foreign head."""
         return _spelled(state) is not None
 
     def config(
@@ -262,6 +263,8 @@ def _ends(config: ModelConfig, names: Names, shapes: Mapping[str, torch.Size]) -
         pairs += linear("heads.image_codes", "lm_head", codes, d)
     if classes:
         pairs += linear("heads.classifier.linear", "classifier", classes, d)
+    if kinds := classes_of(shapes):
+        return [*pairs, *segmenter(shapes, d, kinds, modules=names.spelling is MODULES)]
     if not config.final_norm:
         pooler = names.body("pooler.layernorm")
         if classes:

@@ -17,7 +17,7 @@ from beitctl.model.plan import BatchPlan, plan_of, with_fillers
 if TYPE_CHECKING:
     from beitctl.api import Item
 
-LAYOUTS = ("image", "text", "pair", "dual")
+LAYOUTS = ("image", "text", "pair", "dual", "two-pairs")
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Group:
     """The rows of the packed buffer that belong to one objective, and what they should predict."""
 
     picture_rows: Tensor
-    """(n, P) rows of every picture, class token first."""
+    """(n, P) rows of every picture, class token first; of ``two-pairs`` (2n, P), the second pictures last."""
     text_first: Tensor
-    """(n,) row of the first token of every text."""
+    """(n,) row of the first token of every text; of ``two-pairs`` (2n,)."""
     patch_rows: Tensor
     """(m,) rows of the predicted patches."""
     patch_targets: Tensor
@@ -43,6 +43,8 @@ class Group:
     code_places: Tensor
     """(m,) where the codes of the predicted patches stand among those of all ``Batch.code_views``, flattened;
     empty if ``patch_targets`` are the codes."""
+    extra: tuple[Mapping[str, Tensor], ...] = ()
+    """``Item.extra`` of every item."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -74,6 +76,8 @@ class Batch:
     """Examples that could not be read, as ``objective/id``, and why; substitutes stand in their place."""
     code_views: Tensor | None = None
     """(v, 3, h, h) uint8: what the image tokenizer reads where codes are computed in the training step."""
+    picture_types: Tensor | None = None
+    """(pictures,) 2 for second pictures and 1 for others (VLMo); None where there are no second ones."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -85,6 +89,8 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         def move(value: Any) -> Any:
+            if isinstance(value, tuple) and value and isinstance(value[0], Mapping):
+                return tuple({key: change(tensor) for key, tensor in one.items()} for one in value)
             return change(value) if isinstance(value, Tensor) else value
 
         groups = {
@@ -104,7 +110,15 @@ class Portion:
     layout: str
     items: "Sequence[Item]"
     keep: np.ndarray[Any, Any] | None = None
-    """(sequences of the items, layers, 2) float32."""
+    """(items, layers, 2) float32."""
+    causal_text: bool = False
+    """Whether text in pairs sees its picture and earlier text alone."""
+
+    def twice(self) -> "Portion":
+        """Of ``two-pairs``: as pairs, those of the second pictures behind those of the first."""
+        second = [replace(item, image=item.second, second=None) for item in self.items]
+        keep = None if self.keep is None else np.concatenate([self.keep, self.keep])
+        return replace(self, layout="pair", items=[*self.items, *second], keep=keep)
 
 
 def collate(portions: Sequence[Portion], config: ModelConfig, multiple: int = 1) -> Batch:
@@ -115,14 +129,20 @@ def collate(portions: Sequence[Portion], config: ModelConfig, multiple: int = 1)
         config: shape of the model.
         multiple: what both text segments have a multiple of rows of, by fillers; 1: there are none.
     """
-    order = {layout: [p for p in portions if p.layout == layout] for layout in LAYOUTS}
+    if len({p.causal_text for p in portions if p.layout in ("pair", "two-pairs")}) > 1:
+        raise ValueError("captioning and other pairs cannot share a batch: they differ in what text sees")
+    seen = [p.twice() if p.layout == "two-pairs" else p for p in portions]
+    order = {layout: [p for p in seen if p.layout == layout] for layout in LAYOUTS}
     alone = order["image"] + order["dual"]
     texts = order["text"] + order["dual"]
-    plan = plan_of(
-        config.picture_tokens,
-        sum(len(p.items) for p in alone),
-        [len(_text(item)) for p in order["pair"] for item in p.items],
-        [len(_text(item)) for p in texts for item in p.items],
+    plan = replace(
+        plan_of(
+            config.picture_tokens,
+            sum(len(p.items) for p in alone),
+            [len(_text(item)) for p in order["pair"] for item in p.items],
+            [len(_text(item)) for p in texts for item in p.items],
+        ),
+        causal_text=any(p.causal_text for p in seen),
     )
     if multiple > 1 and config.vocabulary:
         plan = with_fillers(plan, multiple)
@@ -130,6 +150,9 @@ def collate(portions: Sequence[Portion], config: ModelConfig, multiple: int = 1)
     written = order["pair"] + texts
     firsts = (_offsets(pictured), _offsets(written))
     code_views, places = _code_views(portions, config.patches)
+    groups = {}
+    for portion, shown in zip(portions, seen, strict=True):
+        groups[portion.name] = _group(portion, shown, plan, firsts, config.prefix, places[portion.name])
     return Batch(
         plan=plan,
         pixels=_stack([item.image for p in pictured for item in p.items], (3, *config.size), np.uint8),
@@ -139,10 +162,23 @@ def collate(portions: Sequence[Portion], config: ModelConfig, multiple: int = 1)
         if config.mask_token
         else None,
         ids=_ids(order["pair"], texts, plan),
-        groups={p.name: _group(p, plan, firsts, config.prefix, places[p.name]) for p in portions},
+        groups=groups,
         keep=_keep([*alone, *order["pair"]], texts, plan),
         code_views=code_views,
+        picture_types=_picture_types(portions, pictured),
     )
+
+
+def _picture_types(portions: Sequence[Portion], pictured: Sequence[Portion]) -> Tensor | None:
+    """2 for second pictures, 1 for others, in the order of the pixels; None if there are no second ones."""
+    twice = {p.name for p in portions if p.layout == "two-pairs"}
+    if not twice:
+        return None
+    found = []
+    for portion in pictured:
+        half = len(portion.items) // 2 if portion.name in twice else 0
+        found += [1] * (len(portion.items) - half) + [2] * half
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def _code_views(portions: Sequence[Portion], patches: int) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -173,20 +209,22 @@ def _offsets(portions: Sequence[Portion]) -> dict[str, int]:
 
 
 def _group(
-    portion: Portion, plan: BatchPlan, firsts: tuple[dict[str, int], dict[str, int]], prefix: int,
-    code_places: Tensor,
+    portion: Portion, seen: Portion, plan: BatchPlan, firsts: tuple[dict[str, int], dict[str, int]],
+    prefix: int, code_places: Tensor,
 ) -> Group:  # fmt: skip
+    """What belongs to a portion, whose sequences are those of ``seen``."""
     items, pictures, texts = portion.items, firsts[0].get(portion.name), firsts[1].get(portion.name)
     picture_rows = np.zeros((0, plan.picture_tokens), np.int64)
     starts = np.zeros(0, np.int64)
     if pictures is not None:
-        picture_rows = plan.image_rows(pictures, len(items))
+        picture_rows = plan.image_rows(pictures, len(seen.items))
     if texts is not None:
-        starts = plan.text_starts[texts : texts + len(items)]
+        starts = plan.text_starts[texts : texts + len(seen.items)]
     patch_rows, patch_targets = _targets(
-        [i.patch_targets for i in items], picture_rows[:, prefix : prefix + 1].ravel()
+        [i.patch_targets for i in seen.items], picture_rows[:, prefix : prefix + 1].ravel()
     )
-    text_rows, text_targets = _targets([i.text_targets for i in items], starts)
+    text_rows, text_targets = _targets([i.text_targets for i in seen.items], starts)
+    extra = tuple({key: torch.from_numpy(value) for key, value in item.extra.items()} for item in items)
     return Group(
         picture_rows=torch.from_numpy(picture_rows),
         text_first=torch.from_numpy(starts.copy()),
@@ -197,6 +235,7 @@ def _group(
         labels=torch.tensor([item.label for item in items], dtype=torch.int64),
         chance=torch.tensor([item.chance for item in items], dtype=torch.float32),
         code_places=code_places,
+        extra=extra,
     )
 
 

@@ -138,7 +138,7 @@ class StepData(Dataset[list[Batch]]):
                 samples.append(f"{stream.name}/{id}")
                 problems += bad
             keep = np.stack(keeps) if keeps and self.model.drop_path else None
-            portions.append(Portion(stream.name, stream.task.layout, items, keep))
+            portions.append(portion_of(stream.name, stream.task, items, keep))
         batch = collate(portions, self.model, self.multiple)
         return replace(batch, samples=tuple(samples), problems=tuple(problems))
 
@@ -151,6 +151,25 @@ class StepData(Dataset[list[Batch]]):
         return (alive / (1.0 - self.rates[:, None])).astype(np.float32)
 
 
+def portion_of(
+    name: str, task: "Task", items: "Sequence[Item]", keep: np.ndarray[Any, Any] | None = None
+) -> Portion:
+    """Items of a task as a part of a batch."""
+    return Portion(name, task.layout, items, keep, getattr(task, "causal_text", False))
+
+
+def fixed(stream: Stream, seed: int, index: int) -> "tuple[Example, Item]":
+    """An example of a stream and its item, with draws that depend on nothing but its index.
+
+    Raises:
+        DataError: it cannot be used.
+        ChangedError: the data are not what they were when the source was opened.
+    """
+    example = stream.examples[index]
+    draw = order.generator(seed, stream.name, "fixed", index)
+    return example, stream.task.prepare(example, draw, stream.tools)
+
+
 def prepared(
     stream: "Stream", seed: int, limit: int = 0, unusable: list[str] | None = None
 ) -> "Iterator[tuple[Example, Item]]":
@@ -161,9 +180,7 @@ def prepared(
     count = len(stream.examples) if not limit else min(limit, len(stream.examples))
     for index in range(count):
         try:
-            example = stream.examples[index]
-            draw = order.generator(seed, stream.name, "fixed", index)
-            yield example, stream.task.prepare(example, draw, stream.tools)
+            yield fixed(stream, seed, index)
         except ChangedError:
             raise
         except DataError as error:
@@ -181,5 +198,5 @@ def batches(
         for name, (task, found) in items.items():
             chunk = found[start : start + samples]
             mine = order.share(len(chunk), place.world, place.rank)
-            portions.append(Portion(name, task.layout, chunk[mine.start : mine.stop]))
+            portions.append(portion_of(name, task, chunk[mine.start : mine.stop]))
         yield collate(portions, model)

@@ -125,16 +125,27 @@ class MultiwayLearner(nn.Module):
     def encode(self, batch: "Batch") -> Encoded:
         """The encoded batch, with the rows of every depth that a task reads."""
         depths = {depth for o in self.objectives for depth in depths_of(o.task, self.model.config)}
+        pixels = normalise(batch.pixels, PIXELS[self.model.config.pixels])
         return self.model.encoded(
             Packed(
                 layout=self.model.layout(batch.plan),
-                pixels=normalise(batch.pixels, PIXELS[self.model.config.pixels]),
+                pixels=self._augmented(pixels, batch) if self.training else pixels,
                 image_mask=batch.image_mask,
                 ids=batch.ids,
                 keep=batch.keep if self.training else None,
+                picture_types=batch.picture_types,
             ),
             sorted(depths),
         )
+
+    def _augmented(self, pixels: Tensor, batch: "Batch") -> Tensor:
+        """Normalised pictures (n, 3, H, W) as tasks change them for training."""
+        for objective in self.objectives:
+            change, group = getattr(objective.task, "augmented", None), batch.groups[objective.name]
+            if callable(change) and len(group.picture_rows):
+                mine = group.picture_rows[:, 0] // batch.plan.picture_tokens
+                pixels = pixels.index_copy(0, mine, change(pixels[mine], group))
+        return pixels
 
     def forward(self, batch: "Batch") -> Sums:
         """Sums of the losses of every term of every objective."""

@@ -31,13 +31,13 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith(UNDECAYED)
 
 
-def layer_scale(name: str, layers: int, decay: float) -> float:
+def layer_scale(name: str, layers: int, decay: float, head_factor: float = 1.0) -> float:
     """Learning-rate factor of a parameter: decay ** (layers + 1 - id), embeddings 0, block i has i + 1.
 
-    Heads and the final norm have factor 1. Source: BEiT-3's fine-tuning code.
+    The final norm has factor 1, heads ``head_factor``, a pooler 1. Source: BEiT-3's fine-tuning code.
     """
     if name.startswith("heads."):
-        return 1.0
+        return 1.0 if name.startswith("heads.pooler.") else head_factor
     block = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
     if block:
         return float(decay ** (layers - int(block.group(1))))
@@ -50,7 +50,7 @@ def adamw(module: nn.Module, optim: OptimConfig, layers: int) -> torch.optim.Ada
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decay = optim.weight_decay if is_decayed(name, parameter) else 0.0
-            scale = layer_scale(name, layers, optim.layer_decay)
+            scale = layer_scale(name, layers, optim.layer_decay, optim.head_factor)
             groups.setdefault((decay, scale), []).append(parameter)
     return torch.optim.AdamW(
         [

@@ -18,6 +18,11 @@ from beitctl.inspecting.ordered import in_order
 from beitctl.report.bars import Bar
 from beitctl.report.events import plain
 
+HAVING = (
+    "image", "second", "segmentation", "captions", "text", "label", "answers", "token_ids", "caption_ids",
+    "objects",
+)  # fmt: skip
+"""Parts of an example that are counted."""
 LISTED = 1000
 """Broken examples that are listed by name."""
 SIDES = (64, 224)
@@ -101,6 +106,7 @@ class _Counts:
         self.kinds: Counter[str] = Counter()
         self.width, self.height, self.short = Spread(), Spread(), Spread()
         self.classes, self.captions, self.text = Classes(), Writing(), Writing()
+        self.answers, self.objects = Classes(), Classes()
         self.each = Spread()
         self.copies = Digests()
         self.picture_bytes = 0
@@ -122,8 +128,13 @@ class _Counts:
             self.copies.add(seen.digest, seen.index)
 
     def _words(self, example: Example) -> None:
-        for name in ("image", "second", "segmentation", "captions", "text", "label", "answers"):
-            self.having[name] += getattr(example, name) not in (None, ())
+        for name in HAVING:
+            found = getattr(example, name)
+            self.having[name] += found is not None and (not isinstance(found, tuple) or bool(found))
+        for thing in example.objects:
+            self.objects.add(thing.label)
+        for answer in filter(str.strip, example.answers):
+            self.answers.add(answer)
         for caption in example.captions:
             self.captions.add(caption)
         if example.captions:
@@ -154,6 +165,8 @@ class _Counts:
             "bytes": self.picture_bytes + self.captions.size + self.text.size,
             "pictures": self._pictures() if self.formats else None,
             "classes": self.classes.summary(),
+            "answers": self.answers.summary(),
+            "objects": self.objects.summary(),
             "captions": captions if self.captions.count else None,
             "text": self.text.summary() if self.text.count else None,
             "broken": {

@@ -52,7 +52,8 @@ def _refuse_lost(example: Example, words_only: bool) -> None:
         "a second picture": example.second is not None,
         "answers": bool(example.answers),
         "a segmentation": example.segmentation is not None,
-        "packed tokens": example.token_ids is not None,
+        "packed tokens": example.token_ids is not None or bool(example.caption_ids),
+        "objects": bool(example.objects),
     }
     shown = printable(example.id)
     lost = [name for name, there in parts.items() if there]

@@ -88,7 +88,10 @@ def _words(name: str, example: Example) -> str:
     """What stands below a picture."""
     parts = [name, example.label, *example.captions[:1], example.text]
     if example.answers:
-        parts.append(max(example.answers, key=example.answers.count))
+        known = [answer for answer in example.answers if answer.strip()]
+        parts.append(max(known, key=known.count, default=None))
+    if example.objects:
+        parts.append(", ".join(thing.label for thing in example.objects))
     return printable(" · ".join(part[:TEXT_CHARACTERS] for part in parts if part))
 
 

@@ -16,7 +16,8 @@ SHOWN = 10
 NAME_CHARACTERS = 44
 HAVING = {
     "image": "picture", "second": "second picture", "segmentation": "segmentation", "captions": "captions",
-    "text": "text", "label": "label", "answers": "answers",
+    "text": "text", "label": "label", "answers": "answers", "token_ids": "ids of text",
+    "caption_ids": "ids of captions", "objects": "objects",
 }  # fmt: skip
 
 
@@ -50,6 +51,8 @@ def _parts(report: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     for title, part in (
         ("pictures", _pictures(report["pictures"])),
         ("classes", _classes(report["classes"])),
+        ("answers", _classes(report["answers"])),
+        ("objects", _classes(report["objects"])),
         ("captions", _writing(report["captions"])),
         ("text", _writing(report["text"])),
         ("broken", _broken(report["broken"])),

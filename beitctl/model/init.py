@@ -21,6 +21,8 @@ SMALL = (
     "reasoning.out.weight",
 )
 """Heads that begin at a thousandth of the others (BEiT's and BEiT-3's fine-tuning code)."""
+SEGMENTER = "heads.segmenter."
+"""Begins the names of the heads of semantic segmentation, whose 1-D weights are those of batch norms."""
 
 
 def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
@@ -45,6 +47,9 @@ def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Ten
     relative positions            0                      0                           0
     LayerScale                    ``layer_scale``        ``layer_scale``             ``layer_scale``
     biases / norms                0 / 1                  0 / 1                       0 / 1
+    segmentation: pyramid         U(+-1/sqrt(fan in))    the same                    the same
+    segmentation: convolutions    N(0, sqrt(2/fan out))  the same                    the same
+    segmentation: classifiers     N(0, .01)              the same                    the same
     ============================  =====================  ==========================  =======================
 
     With ``norm = "pre"``, ``released`` is BEiT-1's and BEiT v2's code: as ``beit``, but BEiT v2's extra
@@ -52,7 +57,8 @@ def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Ten
     fc2 are then divided by sqrt(2 l).
 
     Sources: ``beit``: BEiT's code and arXiv:2208.10442; ``magneto``: arXiv:2210.06423, which the released
-    BEiT-3 is said to use; ``released``: what the released code does when it builds a model.
+    BEiT-3 is said to use; ``released``: what the released code does when it builds a model; segmentation:
+    PyTorch's default weights in BEiT's pyramid, mmsegmentation 0.11 in the heads.
 
     Raises:
         ValueError: there is no rule for a parameter of this name.
@@ -79,6 +85,8 @@ def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Ten
     if last == "weight" and len(shape) == 2:
         weight = _linear(name, draw, config)
         return weight * 0.001 if name.endswith(SMALL) else weight
+    if last == "weight" and len(shape) == 4 and name.startswith(SEGMENTER):
+        return _convolution(name, draw)
     raise ValueError(f"no initial value is defined for parameter {name} of shape {tuple(shape)}")
 
 
@@ -88,7 +96,7 @@ def _constant(name: str, last: str, shape: torch.Size, config: ModelConfig) -> T
         return torch.zeros(shape)
     if last == "bias" and not (".aggregation." in name and config.init == "released"):
         return torch.zeros(shape)
-    if "norm" in name and len(shape) == 1:
+    if ("norm" in name or name.startswith(SEGMENTER)) and len(shape) == 1:
         return torch.zeros(shape) if last == "bias" else torch.ones(shape)
     if last in ("attention_scale", "ffn_scale"):
         return torch.full(shape, config.layer_scale)
@@ -141,3 +149,13 @@ def _linear(name: str, draw: _Draw, config: ModelConfig) -> Tensor:
     if config.init != "magneto" and not as_built and number and name.endswith(("out.weight", "fc2.weight")):
         weight /= math.sqrt(2 * (1 + int(number.group(1))))
     return weight
+
+
+def _convolution(name: str, draw: _Draw) -> Tensor:
+    """Weight of a convolution (out, in, k, k) or deconvolution (in, out, k, k) of semantic segmentation."""
+    first, second, *kernel = draw.shape
+    if name.startswith(f"{SEGMENTER}fpn"):
+        return draw.uniform((second * math.prod(kernel)) ** -0.5)
+    if name.endswith("classifier.weight"):
+        return draw.normal(0.01)
+    return draw.normal(math.sqrt(2 / (first * math.prod(kernel))))

@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from beitctl.data.batch import Batch, Portion, collate
+from beitctl.api import Item
+from beitctl.data.batch import Batch, collate
+from beitctl.data.loader import portion_of
 from beitctl.engine import optim
 from beitctl.engine.compiling import prepare
 from beitctl.engine.dist import Ranks
@@ -134,9 +135,7 @@ def _learner(work: Work, ranks: Ranks) -> Any:
 
 def _batch(work: Work, fake: FakeTensorMode) -> Batch:
     """One pass of the largest share, without data."""
-    portions = [
-        Portion(part.name, part.task.layout, [_item(part, work)] * part.samples) for part in work.parts
-    ]
+    portions = [portion_of(part.name, part.task, [_item(part, work)] * part.samples) for part in work.parts]
     made = collate(portions, work.model)
     pixels = torch.empty(len(made.pixels), work.model.channels, *work.model.size, dtype=torch.uint8)
     keep = torch.empty(work.model.layers, 2, made.plan.sequences) if work.model.drop_path else None
@@ -160,15 +159,14 @@ def _item(part: Part, work: Work) -> Any:
     patches, words = np.full(work.model.patches, -1), np.full(part.text_tokens, -1)
     patches[: part.patches], words[: part.words] = 0, 0
     pictured, written = part.task.layout != "text", bool(part.text_tokens)
-    return SimpleNamespace(
+    return Item(
+        second=np.zeros((work.model.channels, 0, 0), np.uint8) if part.task.layout == "two-pairs" else None,
         image=np.zeros((work.model.channels, 0, 0), np.uint8) if pictured else None,
         image_mask=patches >= 0 if pictured else None,
         patch_targets=patches if pictured else None,
         text=np.zeros(part.text_tokens, np.int64) if written else None,
         text_targets=words if written else None,
         label=0,
-        chance=(),
-        code_view=None,
     )
 
 

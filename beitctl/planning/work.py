@@ -53,11 +53,16 @@ class Part:
     @property
     def pictures(self) -> int:
         """Pictures of the samples."""
-        return 0 if self.task.layout == "text" else self.samples
+        return 0 if self.task.layout == "text" else self.sequences
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the samples, where pictures and texts apart count once."""
+        return self.samples * (2 if self.task.layout == "two-pairs" else 1)
 
     def rows(self, picture_tokens: int) -> int:
         """Rows of the packed buffer."""
-        return self.pictures * picture_tokens + self.samples * self.text_tokens
+        return self.pictures * picture_tokens + self.sequences * self.text_tokens
 
     def predicted(self, unit: str) -> int:
         """Rows that a head of a unit reads, as often as there are terms of that unit."""
@@ -141,13 +146,11 @@ class Work:
 
     def batch(self) -> BatchPlan:
         """The packed batch of all parts."""
-        of = {
-            layout: [p for p in self.parts if p.task.layout == layout] for layout in ("pair", "text", "dual")
-        }
-        images = sum(p.pictures for p in self.parts if p.task.layout != "pair")
-        return BatchPlan(
-            self.model.picture_tokens, images, _lengths(of["pair"]), _lengths(of["text"] + of["dual"])
-        )
+        joint = [p for p in self.parts if p.task.layout in ("pair", "two-pairs")]
+        texts = [p for layout in ("text", "dual") for p in self.parts if p.task.layout == layout]
+        images = sum(p.pictures for p in self.parts if p not in joint)
+        causal = any(getattr(p.task, "causal_text", False) for p in joint)
+        return BatchPlan(self.model.picture_tokens, images, _lengths(joint), _lengths(texts), causal)
 
     def passes(self) -> Iterator[Pass]:
         """Everything that goes through blocks in one forward pass."""
@@ -232,7 +235,7 @@ def _part(name: str, table: Any, model: ModelConfig, caption_tokens: int, said: 
     if task.layout == "text":
         length = model.text_tokens
         said.append(f"{name}: prose fills the model's {length} text tokens")
-    elif task.layout in ("pair", "dual"):
+    elif task.layout in ("pair", "dual", "two-pairs"):
         longest = getattr(task, "text_tokens", 0) or model.text_tokens
         length = min(caption_tokens, longest)
         said.append(f"{name}: a caption has {length} tokens, <s> and </s> included (--caption-tokens)")
@@ -305,7 +308,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _lengths(parts: Sequence[Part]) -> tuple[int, ...]:
-    return tuple(length for part in parts for length in (part.text_tokens,) * part.samples)
+    return tuple(length for part in parts for length in (part.text_tokens,) * part.sequences)
 
 
 @dataclass(frozen=True)

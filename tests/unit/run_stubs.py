@@ -48,6 +48,19 @@ class Make(Plugin):
         return {"value": self.value, "inner": {"twice": 2 * self.value}}
 
 
+class Measure(Plugin):
+    """Measure a number."""
+
+    require: list[str] = []  # noqa: RUF012 - pydantic copies it
+    """Conditions on it."""
+
+    def plan(self):
+        return {"require": self.require}
+
+    def run(self, job):
+        return {"value": 1.0}
+
+
 class Use(Plugin):
     """Use a number.
 

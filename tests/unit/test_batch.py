@@ -151,7 +151,9 @@ def test_a_model_without_text_has_no_fillers():
 def test_a_batch_moves_with_all_its_groups(batch):
     moved = batch.to(torch.device("meta"))
     tensors = [moved.pixels, moved.ids, moved.image_mask]
-    tensors += [value for group in moved.groups.values() for value in vars(group).values()]
+    for group in moved.groups.values():
+        tensors += [value for key, value in vars(group).items() if key != "extra"]
+        tensors += [tensor for extra in group.extra for tensor in extra.values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.plan is batch.plan
 
@@ -165,3 +167,48 @@ def test_every_tensor_of_a_batch_is_pinned(batch, monkeypatch):
         map(id, pinned)
     )
     assert same.pixels is batch.pixels
+
+
+def twice(first, second, *ids, label=-1):
+    return replace(both(first, *ids, label=label), second=np.full((3, 4, 4), second, np.uint8))
+
+
+NLVR2 = Portion("two", "two-pairs", [twice(7, 8, 40, 41, label=1), twice(9, 10, 42, label=0)])
+
+
+def test_two_pairs_are_all_first_pictures_then_all_second_ones_with_the_same_text():
+    batch = collate([PORTIONS[1], NLVR2, PORTIONS[3]], SMALL)
+    assert batch.pixels[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 7, 9, 8, 10]
+    assert batch.ids.tolist() == [20, 21, 22, 23, 40, 41, 42, 40, 41, 42]
+    assert batch.picture_types.tolist() == [1, 1, 1, 1, 1, 1, 2, 2]
+    group = batch.groups["two"]
+    assert group.labels.tolist() == [1, 0]
+    assert (group.picture_rows[:, 0] // batch.plan.picture_tokens).tolist() == [4, 5, 6, 7]
+    assert (group.text_first - batch.plan.cuts[1]).tolist() == [4, 6, 7, 9]
+
+
+def test_two_pairs_share_their_stochastic_depth():
+    keep = np.arange(4, dtype=np.float32).reshape(2, 1, 2)
+    batch = collate([replace(NLVR2, keep=keep)], SMALL)
+    assert batch.keep[0, 0].tolist() == [0, 2, 0, 2]
+
+
+def test_batches_without_second_pictures_have_no_picture_types(batch):
+    assert batch.picture_types is None
+
+
+def test_causal_text_is_that_of_the_batch():
+    causal = replace(PORTIONS[1], causal_text=True)
+    assert collate([causal, PORTIONS[0]], SMALL).plan.causal_text
+    assert not collate([PORTIONS[1]], SMALL).plan.causal_text
+
+
+def test_captions_and_other_pairs_do_not_mix():
+    with pytest.raises(ValueError, match="captioning and other pairs cannot share a batch"):
+        collate([replace(PORTIONS[1], causal_text=True), NLVR2], SMALL)
+
+
+def test_extra_arrays_come_along_item_by_item():
+    items = [replace(image(n), extra={"scores": np.full(n, 0.5, np.float32)}) for n in (1, 3)]
+    group = collate([Portion("image", "image", items)], SMALL).groups["image"]
+    assert [one["scores"].tolist() for one in group.extra] == [[0.5], [0.5] * 3]

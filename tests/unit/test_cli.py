@@ -206,6 +206,22 @@ def test_only_takes_one_table_of_a_stage(capsys):
     assert (folders("make.first"), len(folders("make.second"))) == ([], 1)
 
 
+def test_a_requirement_is_a_setting_of_every_table_that_is_to_run(capsys, monkeypatch):
+    install(monkeypatch, {"measure": "run_stubs:Measure"})
+    tables = '[measure.first]\nrequire = ["a>1"]\n[measure.second]\n'
+    Path("m.toml").write_text(f'[recipe]\nsummary = "x"\n{tables}')
+    asked = ("--require", "recall@1>=0.5", "--require", "b<2", "--dry-run", "--json")
+    _, out, _ = beitctl(capsys, "measure", "--recipe", "m.toml", *asked)
+    found = json.loads(out)
+    assert found["measure.first"]["require"] == ["a>1", "recall@1>=0.5", "b<2"]
+    assert found["measure.second"]["require"] == ["recall@1>=0.5", "b<2"]
+
+
+def test_a_requirement_of_a_stage_that_measures_nothing_is_refused(capsys):
+    code, _, err = beitctl(capsys, "make", "--recipe", "r.toml", "--only", "second", "--require", "x>1")
+    assert (code, "--require: the stage make measures nothing" in err) == (2, True)
+
+
 def test_only_with_an_unknown_table_names_those_there_are(capsys):
     code, _, err = beitctl(capsys, "make", "--recipe", "r.toml", "--only", "third")
     assert (code, err) == (2, "error: --only third: r has no such table of make; it has first, second\n")

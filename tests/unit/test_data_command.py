@@ -39,7 +39,8 @@ def test_check_as_json_is_one_object_with_the_documented_keys(capsys):
     assert (code, report["path"], report["examples"], report["checked"]) == (0, "x.made", 8, 4)
     assert list(report) == [
         "path", "kind", "source", "recipe", "also", "fingerprint", "examples", "checked", "with", "bytes",
-        "pictures", "classes", "captions", "text", "broken", "duplicates", "left_out", "ignored", "notes",
+        "pictures", "classes", "answers", "objects", "captions", "text", "broken", "duplicates", "left_out",
+        "ignored", "notes",
     ]  # fmt: skip
 
 

@@ -127,6 +127,7 @@ POOLER, CONTRAST = {"pooler": Pooler(8, norm=False)}, {"contrastive": Contrastiv
 WORDS = {"text_tokens": nn.Linear(8, 52)}
 HEADS = {
     "classifier": (models.ClassificationModel, {"classifier": Classifier(MODEL, 5)}),
+    "text classifier": (models.TextClassificationModel, {"text_classifier": nn.Linear(8, 5)}),
     "retrieval": (models.RetrievalModel, CONTRAST),
     "retrieval and pooler": (models.RetrievalModel, CONTRAST | POOLER),
     "answers": (models.AnswerModel, {"answers": MlpHead(8, 16, 5)} | POOLER),

@@ -32,6 +32,18 @@ def test_layer_decay_counts_from_the_top():
     assert optim.layer_scale("model.norm.shared.weight", 12, 0.65) == 1.0
 
 
+def test_heads_but_the_pooler_get_their_own_factor():
+    """As in BEiT-3's fine-tuning of VQA: names that begin with "head" times 20, the pooler left alone."""
+    model = nn.ModuleDict(
+        {"model": multiway(), "heads": nn.ModuleDict({"pooler": nn.Linear(8, 8), "answers": nn.Linear(8, 3)})}
+    )
+    groups = optim.adamw(model, OptimConfig(peak_lr=1e-3, head_factor=20.0), 2).param_groups
+    scales = {id(p): group["scale"] for group in groups for p in group["params"]}
+    found = {name: scales[id(p)] for name, p in model.named_parameters() if scales[id(p)] != 1}
+    assert found == {"heads.answers.weight": 20.0, "heads.answers.bias": 20.0}
+    assert len(scales) == len(list(model.parameters()))
+
+
 def multiway():
     config = ModelConfig(
         layers=2, width=8, heads=2, ffn=8, image_px=8, patch_px=4, vocabulary=9, text_tokens=4
@@ -76,6 +88,7 @@ def test_no_limit_leaves_gradients_alone():
         ({"peak_lr": 1.0, "weight_decay": -1.0}, r"weight_decay \(-1.0\) must not be negative"),
         ({"peak_lr": 1.0, "eps": 0.0}, r"eps \(0.0\) must be above 0"),
         ({"peak_lr": 1.0, "layer_decay": 0.0}, r"layer_decay \(0.0\) must be above 0"),
+        ({"peak_lr": 1.0, "head_factor": 0.0}, r"head_factor \(0.0\) must be positive"),
     ],
 )
 def test_impossible_optimizer_settings_are_named(settings, text):

@@ -5,8 +5,10 @@ from pydantic import ValidationError
 from small import Given, Record, coloured, pieces, png, stored
 
 from beitctl.api import Example, Job
+from beitctl.checkpoints.native import read_model, save_model
 from beitctl.errors import CheckFailed, DataError, UserError
 from beitctl_plugins.stages.eval import Eval
+from beitctl_plugins.tasks.classification import Classification
 
 
 def run(folder, model, protocol, source, **settings):
@@ -115,7 +117,8 @@ def test_a_requirement_that_cannot_be_read_is_refused(condition):
 def test_a_fine_tuned_classifier_is_scored_by_its_task(tmp_path):
     model = stored(tmp_path, "classification", ("blue", "red"))
     found, log = run(tmp_path, model, "task", coloured("red", "blue", "red"))
-    assert sorted(found) == ["accuracy", "examples", "majority"]
+    assert {"accuracy", "examples", "intervals_95", "left_out", "majority"} <= set(found)
+    assert found["left_out"] == 0
     assert found["majority"] == pytest.approx(2 / 3)
     assert [figure[0] for figure in log.said["figure"]] == ["confusion", "answers"]
 
@@ -128,8 +131,34 @@ def test_a_fine_tuned_retriever_is_scored_with_the_tokenizer_beside_it(tmp_path)
 
 
 def test_a_model_without_a_task_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no task head in it; fine-tune first, or use protocol 'knn'"):
+    with pytest.raises(UserError, match=r"does not say which task .* or use protocol 'knn'"):
         run(tmp_path, stored(tmp_path), "task", coloured("red"))
+
+
+def unnamed(folder, labels):
+    """A classifier whose file says neither task nor labels, as official files do not."""
+    found = read_model(stored(folder, "classification", labels))
+    save_model(folder, found.tensors, found.model)
+    return folder
+
+
+def test_a_model_whose_file_names_no_task_is_measured_with_the_one_that_is_given(tmp_path):
+    source = coloured("red", "blue", "red")
+    named, _ = run(tmp_path, stored(tmp_path / "a", "classification", ("blue", "red")), "task", source)
+    found, _ = run(tmp_path, unnamed(tmp_path / "b", ("blue", "red")), "task", source, task=Classification())
+    assert found == named
+
+
+def test_labels_come_from_the_reference_where_the_file_has_none(tmp_path):
+    model, known = unnamed(tmp_path, ("blue", "green", "red")), coloured("blue", "red", "green")
+    found, _ = run(tmp_path, model, "task", coloured("red"), task=Classification(), reference=known)
+    assert found["examples"] == 1
+
+
+def test_heads_of_another_size_are_refused(tmp_path):
+    model = unnamed(tmp_path, ("blue", "green", "red"))
+    with pytest.raises(UserError, match=r"not those of the task with 2 labels: .*weight \(3, 8\), expected"):
+        run(tmp_path, model, "task", coloured("red", "blue"), task=Classification())
 
 
 def test_examples_of_other_classes_only_are_refused(tmp_path):

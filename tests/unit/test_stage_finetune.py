@@ -1,6 +1,7 @@
 """The stages finetune and export on the smallest model."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def run(tmp_path, made):
 def test_a_task_for_pretraining_is_refused(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"masked-image is for pretraining: it has no score\(\) .*; use classification or retrieval",
+        match=r"masked-image is for pretraining: it has no score\(\) .*; use .*classification, .*retrieval",
     ):
         run(tmp_path, stage(stored(tmp_path), MaskedImage()))
 
@@ -183,3 +184,36 @@ def test_a_folder_without_a_model_cannot_be_exported(tmp_path):
 
 def test_the_plan_of_an_export_names_model_and_format():
     assert Export(model="@pretrain").plan() == {"model": "@pretrain", "format": "beitctl"}
+
+
+def test_a_head_may_begin_as_one_of_pretraining(tmp_path):
+    class Renamed(Classification):
+        heads_from: ClassVar = {"classifier": "earlier"}
+
+    folder = stored(tmp_path, "classification", ("blue", "red"))
+    found = read_model(folder)
+    renamed = {
+        name.replace("heads.classifier", "heads.earlier"): value + 1 for name, value in found.tensors.items()
+    }
+    begun = stage(folder, Renamed())._begun(renamed)
+    name = "heads.classifier.linear.weight"
+    assert torch.equal(begun[name], found.tensors[name] + 1)
+    assert not any(name.startswith("heads.earlier") for name in begun)
+
+
+def test_heads_are_kept_only_when_asked_for(tmp_path):
+    weights = read_model(stored(tmp_path, "classification", ("blue", "red"))).tensors
+    kept, dropped = (stage(tmp_path, keep_heads=keep)._begun(weights) for keep in (True, False))
+    assert set(kept) - set(dropped) == {name for name in weights if name.startswith("heads.")}
+
+
+def test_a_required_metric_that_is_missed_ends_with_exit_code_7(tmp_path):
+    with pytest.raises(CheckFailed, match=r"required but not so: accuracy>1 \(found"):
+        run(tmp_path, stage(stored(tmp_path), require=["accuracy>1"]))
+
+
+def test_the_metrics_come_with_their_intervals_and_what_was_left_out(tmp_path):
+    metrics, _ = run(tmp_path, stage(stored(tmp_path)))
+    low, high = metrics["seeds"]["0"]["intervals_95"]["accuracy"]
+    assert 0 <= low <= metrics["accuracy"] <= high <= 1
+    assert metrics["left_out"] == 0

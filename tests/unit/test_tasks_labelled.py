@@ -103,10 +103,14 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_torch():
 
 
 def test_the_score_is_accuracy_beside_the_majority_of_the_training_examples():
-    said = torch.eye(3)[[0, 0, 2, 2]]
+    said = 3 * torch.eye(3)[[0, 0, 2, 2]]
     held, train = coloured("blue", "green", "red", "blue"), coloured("green", "green", "red")
     found = Classification().score([said[:1], said[1:]], held.examples, tools(labels=LABELS), train.open())
-    assert found == {"accuracy": 0.5, "majority": 0.25, "examples": 4.0}
+    loss = F.cross_entropy(said, torch.tensor([0, 1, 2, 0])).item()
+    assert found.metrics == pytest.approx(
+        {"accuracy": 0.5, "majority": 0.25, "loss": loss, "examples": 4.0}, rel=1e-6
+    )
+    assert found.each["accuracy"].tolist() == [1, 0, 1, 0]
 
 
 def test_a_classifier_draws_its_confusions_and_answers():

@@ -262,8 +262,8 @@ def test_a_block_missing_in_between_is_named(write):
 
 
 def test_a_head_that_no_model_has_is_left_over(write):
-    state = classifier() | random({"decode_head.classifier.weight": (3, D, 1, 1)})
-    refused(write(state), "left over decode_head.classifier.weight")
+    state = classifier() | random({"question_head.weight": (3, D, 1, 1)})
+    refused(write(state), "left over question_head.weight")
 
 
 def test_both_spellings_in_one_file_are_left_over(write):

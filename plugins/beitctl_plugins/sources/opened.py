@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beitctl.api import Example
+from beitctl.api import Example, Object
 from beitctl.data.labels import words_of
 from beitctl.errors import DataError
 
@@ -34,6 +34,10 @@ class Opened:
     """Captions and text of a row without its picture; None: reading the whole example is as fast."""
     state: str = ""
     """Changes whenever a file was touched, unlike the fingerprint; for caches."""
+    segments: tuple[str, ...] = ()
+    """Names of the classes 1, 2, .. of segmentations."""
+    things: Callable[[Any], tuple[Object, ...]] | None = None
+    """Objects of a row without the rest of it; None: reading the whole example is as fast."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,6 +52,10 @@ class Opened:
     def words(self, index: int) -> tuple[str, ...]:
         """Captions of an example, then its text, without its picture where that is faster."""
         return self.worded(self.rows[index]) if self.worded else words_of(self[index])
+
+    def objects(self, index: int) -> tuple[Object, ...]:
+        """Objects in the picture of an example, without the picture where that is faster."""
+        return self.things(self.rows[index]) if self.things else self[index].objects
 
 
 def existing(path: Path) -> Path:

@@ -119,7 +119,7 @@ class Parquet(Plugin):
             table_files.window(found.sizes, found.usable),
             reader.words if spoken else None,
             digest(hashed.state(), found.beside.state()).hex(),
-            table_files.notes(self.path, found.sizes),
+            notes=table_files.notes(self.path, found.sizes),
         )
 
     def _columns(self, schema: Any) -> Columns:

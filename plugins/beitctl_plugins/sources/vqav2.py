@@ -28,7 +28,8 @@ SETS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": 
 class VQAv2(Plugin):
     """Questions of VQA v2 about pictures of COCO, each with ten answers, in the layout of visualqa.org.
 
-    An example is named by the question's id.
+    ``label`` is the answer that most people gave, as the data set says it. An example is named by the
+    question's id.
     """
 
     path: Path
@@ -57,7 +58,7 @@ class VQAv2(Plugin):
         folder = layout.folder(pictures, f"images/{pictures}")
         files = [layout.file(*(place + QUESTIONS.format(part) for place in FOLDERS))]
         questions = section(files[0], read_json(files[0]), "questions")
-        answers: dict[int, list[str]] | None = None
+        answers: dict[int, tuple[str, list[str]]] | None = None
         if not self.split.startswith("test"):
             files.append(layout.file(*(place + ANSWERS.format(part) for place in FOLDERS)))
             answers = _answers(files[1])
@@ -67,11 +68,12 @@ class VQAv2(Plugin):
             number, question = cell(row, "question_id", int), cell(row, "question", str)
             if not question.strip():
                 raise UnusableError(f"question {number} is blank")
-            given = [] if answers is None else answers.pop(number, None)
-            if given is None:
+            said = ("", []) if answers is None else answers.pop(number, None)
+            if said is None:
                 raise UnusableError(f"no answers to question {number} in {files[1].name}")
             name = f"{folder}/COCO_{pictures}_{cell(row, 'image_id', int):012d}.jpg"
-            builder.add(str(number), answers=given, text=question.strip(), image=builder.pictures.find(name))
+            cells = {"text": question.strip(), "image": builder.pictures.find(name), "label": said[0]}
+            builder.add(str(number), answers=said[1], **cells)
 
         for number, row in enumerate(questions, 1):
             builder.attempt(f"{files[0].name}:questions {number}", lambda row=row: add(row))  # type: ignore[misc]
@@ -80,14 +82,18 @@ class VQAv2(Plugin):
         return builder.opened(self, files, self.max_bad_share)
 
 
-def _answers(file: Path) -> dict[int, list[str]]:
-    """Answers by question; the file is large, so objects are made small while it is read."""
+def _answers(file: Path) -> dict[int, tuple[str, list[str]]]:
+    """The most frequent answer and all answers by question.
+
+    The file is large, so objects are made small while it is read.
+    """
 
     def small(row: dict[str, Any]) -> Any:
         if "answer_id" in row and isinstance(row.get("answer"), str):
             return sys.intern(row["answer"])
         if "question_id" in row:
-            return row["question_id"], row.get("answers")
+            most = row.get("multiple_choice_answer")
+            return row["question_id"], row.get("answers"), sys.intern(most) if isinstance(most, str) else ""
         return row
 
     found = {}
@@ -95,5 +101,5 @@ def _answers(file: Path) -> dict[int, list[str]]:
         good = isinstance(row, tuple) and isinstance(row[0], int) and isinstance(row[1], list)
         if not good or not all(isinstance(answer, str) for answer in row[1]):
             raise DataError(f"{file}:annotations {number}: no question_id with answers; download it again")
-        found[row[0]] = row[1]
+        found[row[0]] = (row[2], row[1])
     return found

@@ -171,8 +171,10 @@ class Pretrain(Plugin):
         tokens, online = shared.open_tokens(job, self.tokens), self._online(job, ranks)
         sizes = online.sizes if online else None
         tools = Tools(self.model, tokenizer, tokens, labels, pictures=shared.pictures(), online=sizes)
+        passes = shared.passes(sum(t.samples for t in self.objectives.values()), self.train, ranks)
         for name, table in self.objectives.items():
             shared.check_share(name, table.task, table.samples, self.train.micro_samples, ranks)
+            shared.check_even(name, table.task, table.samples, passes, ranks)
         streams = [
             self._stream(name, table, table.source, tools, ranks, job)
             for name, table in self.objectives.items()
@@ -248,11 +250,15 @@ class Pretrain(Plugin):
         return changed(stored, self.model, grown=True)
 
     def _labels(self) -> tuple[str, ...]:
-        """Classes of the sources of objectives that learn them."""
+        """Classes of the sources of objectives that learn them; of one alone in the order of its task."""
         from beitctl.data.labels import classes
 
-        sources = [t.source for t in self.objectives.values() if getattr(t.task, "labelled", False)]
-        return tuple(sorted({label for source in sources for label in classes(opened(source))}))
+        found = [
+            tuple(getattr(table.task, "vocabulary", classes)(opened(table.source)))
+            for table in self.objectives.values()
+            if getattr(table.task, "labelled", False)
+        ]
+        return found[0] if len(found) == 1 else tuple(sorted({label for names in found for label in names}))
 
     def _task_table(self) -> dict[str, Any] | None:
         """Table of the task whose heads the weights hold, if it is one that can be measured afterwards."""

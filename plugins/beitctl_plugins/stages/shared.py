@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,9 @@ from beitctl.checkpoints.native import load_tokenizer, save_model
 from beitctl.config import TrainConfig
 from beitctl.data import opening
 from beitctl.data.images import Pictures
-from beitctl.data.loader import Place, StepData, Stream, batches, prepared
+from beitctl.data.labels import classes, label, words
+from beitctl.data.loader import Place, StepData, Stream
+from beitctl.data.order import digest
 from beitctl.data.packing import Packed
 from beitctl.data.store import TokenStore
 from beitctl.engine.compiling import compiled, preparation, rows_multiple
@@ -157,6 +160,52 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
+def vocabulary(task: Any, examples: Examples) -> tuple[str, ...]:
+    """Names of the classes or answers that a task tells apart; by default the labels that occur, sorted."""
+    own = getattr(task, "vocabulary", None)
+    return tuple(own(examples)) if callable(own) else classes(examples)
+
+
+def trained_on(task: Any, examples: Examples, tools: Tools, job: Job) -> Examples:
+    """The examples that a task can learn from: all, unless it has a method ``usable(examples, labels)``.
+
+    Raises:
+        DataError: it can learn from none.
+    """
+    usable = getattr(task, "usable", None)
+    indices = list(usable(examples, tools.labels)) if callable(usable) else []
+    if not callable(usable) or len(indices) == len(examples):
+        return examples
+    if not indices:
+        raise DataError(f"source: not one of {len(examples):,} examples can be learnt from by this task")
+    job.log.note(f"{len(examples) - len(indices):,} of {len(examples):,} examples have nothing to learn from")
+    return Subset(examples, indices)
+
+
+class Subset:
+    """Some examples of a source, as examples."""
+
+    def __init__(self, examples: Examples, indices: Sequence[int]) -> None:
+        self.examples, self.indices = examples, indices
+        self.fingerprint = digest(examples.fingerprint, np.asarray(indices, np.int64).tobytes()).hex()
+        lengths = getattr(examples, "lengths", None)
+        self.lengths = None if lengths is None else np.asarray(lengths)[list(indices)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[self.indices[index]]
+
+    def label(self, index: int) -> str | None:
+        """Class of an example."""
+        return label(self.examples, self.indices[index])
+
+    def words(self, index: int) -> tuple[str, ...]:
+        """Captions and text of an example."""
+        return words(self.examples, self.indices[index])
+
+
 def check_share(name: str, task: Any, samples: int, micro_samples: int, ranks: Ranks) -> None:
     """Contrastive losses compare all samples of a forward pass, on equal shares.
 
@@ -170,6 +219,24 @@ def check_share(name: str, task: Any, samples: int, micro_samples: int, ranks: R
             f"{name}: a contrastive task needs samples ({samples}) to be a multiple of the {ranks.world} "
             "ranks and no accumulation (micro_samples = 0): it compares all samples of one pass"
         )
+
+
+def check_even(name: str, task: Any, samples: int, passes: int, ranks: Ranks) -> None:
+    """Mixup mixes the samples of a forward pass in twos; a step has so many ``passes`` on each rank.
+
+    Raises:
+        UserError: some pass of some rank would have an odd number of samples.
+    """
+    if getattr(task, "even_passes", False) and samples % (2 * passes * ranks.world):
+        raise UserError(
+            f"{name}: mixup and cutmix mix samples in twos, so samples ({samples}) must be a multiple of "
+            f"{2 * passes * ranks.world}: twice the {ranks.world} ranks times {passes} passes"
+        )
+
+
+def passes(samples: int, config: TrainConfig, ranks: Ranks) -> int:
+    """Forward passes of a step on every rank, for samples of all objectives."""
+    return Place(ranks.rank, ranks.world, config.micro_samples).passes(samples)
 
 
 def fit(
@@ -229,27 +296,3 @@ def first_and_last(job: Job, key: str) -> tuple[float, float]:
         raise UserError(f"{job.folder}: nothing was logged for {key}")
     tail = values[-max(1, len(values) // 20) :]
     return values[0], sum(tail) / len(tail)
-
-
-@torch.no_grad()
-def outputs(
-    learner: MultiwayLearner, stream: Stream, ranks: Ranks, size: int = 64
-) -> tuple[list[Example], list[Any]]:
-    """What the learner's first task says of every example of a stream, batch by batch; same on every rank.
-
-    Raises:
-        DataError: not a single example can be used.
-    """
-    learner.eval()
-    unusable: list[str] = []
-    found = list(prepared(stream, 0, unusable=unusable))
-    if not found:
-        raise DataError(
-            f"none of the {len(unusable)} examples to measure on can be used: {'; '.join(unusable[:3])}"
-        )
-    task = learner.objectives[0].task
-    said = []
-    items = {stream.name: (task, [item for _, item in found])}
-    for batch in batches(items, learner.model.config, size, Place()):
-        said.append(learner.outputs(batch.to(ranks.device))[stream.name])
-    return [example for example, _ in found], said

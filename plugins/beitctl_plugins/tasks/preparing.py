@@ -1,14 +1,20 @@
 """Steps of preparation that several tasks share."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from beitctl.api import Example, TextTokenizer, Tools
-from beitctl.data.images import centre_crop, random_crop
+from beitctl.data.images import Crop, random_crop, resized
 from beitctl.errors import DataError, UserError
+from beitctl_plugins.tasks.augmenting import augmented
+
+Test = Literal["centre", "squash"]
+"""How a picture is seen in evaluation, see ``view_of``."""
+LONGEST = 16
+"""Times the shorter side: what lies beyond it is cut off before a picture is resized."""
 
 
 def loaded(tools: Tools) -> TextTokenizer:
@@ -64,8 +70,22 @@ def caption_of(example: Example, draw: np.random.Generator, tools: Tools) -> str
     return example.captions[int(draw.integers(len(example.captions))) if tools.train else 0]
 
 
-def view_of(example: Example, draw: np.random.Generator, tools: Tools, scale: tuple[float, float]) -> Any:
-    """(3, H, W) uint8: a random crop and flip in training, the central square in evaluation.
+def view_of(
+    example: Example, draw: np.random.Generator, tools: Tools, scale: tuple[float, float],
+    *, test: Test = "centre", crop_pct: float = 1.0, augment: str = "",
+) -> Any:  # fmt: skip
+    """(3, H, W) uint8: a random crop and flip in training; in evaluation always the same view.
+
+    Args:
+        example: what the picture is of.
+        draw: the source of all randomness, in training alone.
+        tools: say whether it is training, and at which size.
+        scale: smallest and largest share of the picture that a training crop shows.
+        test: ``centre``: the shorter side is resized to the model's side / ``crop_pct``, and the middle is
+            cut out (ImageNet); ``squash``: all of the picture, whatever its shape (BEiT-3's and VLMo's
+            other tasks).
+        crop_pct: share of the shorter side that is seen (BEiT-1, BEiT v2: 0.875 below 384 pixels).
+        augment: RandAugment behind the training crop, as of ``augmenting.Augment``.
 
     Raises:
         DataError: the example has no picture, or it cannot be read.
@@ -73,6 +93,29 @@ def view_of(example: Example, draw: np.random.Generator, tools: Tools, scale: tu
     if example.image is None:
         raise DataError(f"{example.id}: no picture")
     picture = tools.pictures.open(example.image, example.id)
-    width, height = picture.size
-    crop = random_crop(width, height, draw, scale=scale) if tools.train else centre_crop(width, height)
-    return tools.pictures.crop(picture, crop, tools.model.side_px)
+    side = tools.model.side_px
+    if tools.train:
+        width, height = picture.size
+        crop = random_crop(width, height, draw, scale=scale)
+        pixels = tools.pictures.crop(picture, crop, side).transpose(1, 2, 0)
+        return augmented(pixels, augment, draw, tools.model.pixels).transpose(2, 0, 1)
+    if test == "squash":
+        return tools.pictures.crop(picture, Crop(0, 0, picture.height, picture.width), side)
+    return middle(picture.pixels, side, crop_pct).transpose(2, 0, 1)
+
+
+def middle(pixels: NDArray[np.uint8], side: int, crop_pct: float) -> NDArray[np.uint8]:
+    """(side, side, 3) from the middle of a picture (H, W, 3) whose shorter side was made side / ``crop_pct``.
+
+    Sizes and places are rounded as by torchvision's Resize and CenterCrop. Of a very long picture only the
+    middle is resized.
+    """
+    height, width = pixels.shape[:2]
+    most = LONGEST * min(height, width)
+    top, left = (max(0, length - most) // 2 for length in (height, width))
+    pixels = pixels[top : top + most, left : left + most]
+    height, width = pixels.shape[:2]
+    short = int(side / crop_pct)
+    size = [int(short * length / min(height, width)) for length in (height, width)]
+    top, left = (round((length - side) / 2) for length in size)
+    return np.ascontiguousarray(resized(pixels, size[1], size[0])[top : top + side, left : left + side])

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from beitctl.api import Example, Examples, Item, Log, Plugin, Term, Tools
+from beitctl.api import Example, Examples, Item, Log, Measured, Plugin, Term, Tools
 from beitctl.data.batch import Group
 from beitctl.data.images import centre_crop
 from beitctl.engine.losses import info_nce
@@ -63,10 +63,10 @@ class Retrieval(Plugin):
         examples: Sequence[Example],
         tools: Tools,
         train: Examples,
-    ) -> dict[str, float]:
+    ) -> Measured:
         """Recall at 1, 5, 10 both ways. A picture with an equal caption is a hit: the texts are the same."""
         pictures, texts = (torch.cat([out[i] for out in outputs]).cpu() for i in (0, 1))
-        return recalls(texts @ pictures.T, same_caption(examples))
+        return Measured(recalls(texts @ pictures.T, same_caption(examples)))
 
     def draw(
         self,

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from beitctl.api import Example, Plugin
-from beitctl.data.arrays import Texts
+from beitctl.api import Object, Plugin
 from beitctl.errors import DataError
 from beitctl.report.naming import printable
 from beitctl_plugins.sources.opened import Opened, check_share, existing
+from beitctl_plugins.sources.reading.columns import Column, InColumns, ids_packed, objects_packed
 from beitctl_plugins.sources.reading.hashing import FileHash
 from beitctl_plugins.sources.reading.metadata import captions_in
 from beitctl_plugins.sources.reading.names import PICTURES
@@ -186,40 +186,42 @@ class Pictures:
                     yield f"{printable(f'{folder}/{name}')}: nothing in the annotations names it"
 
 
-class _Column:
-    """Texts that are added one by one."""
-
-    def __init__(self) -> None:
-        self.block, self.ends, self.some = bytearray(), array("q"), False
-
-    def add(self, text: bytes) -> None:
-        self.block += text
-        self.ends.append(len(self.block))
-        self.some = self.some or bool(text)
-
-    def texts(self) -> Texts:
-        ends = np.frombuffer(self.ends.tobytes(), np.int64)
-        return Texts(np.frombuffer(bytes(self.block), np.uint8), ends)
-
-
 class Builder:
     """Collects examples in little memory; paths of pictures are relative to the folder of the data set."""
 
-    SINGLE = ("id", "image", "text", "label", "second", "segmentation")
-    SEVERAL = ("captions", "answers")
+    SINGLE = ("id", "image", "text", "label", "second", "segmentation", "objects", "token_ids")
+    SEVERAL = ("captions", "answers", "caption_ids")
 
     def __init__(self, root: Path) -> None:
         self.pictures = Pictures(root)
         self.problems: list[str] = []
-        self._columns = {name: _Column() for name in (*self.SINGLE, *self.SEVERAL)}
+        self._columns = {name: Column() for name in (*self.SINGLE, *self.SEVERAL)}
         self._starts = {name: array("q", [0]) for name in self.SEVERAL}
         self._ids: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._columns["id"].ends)
 
-    def add(self, id: str, captions: Any = (), answers: Sequence[str] = (), **cells: str) -> None:
+    def add(
+        self,
+        id: str,
+        captions: Any = (),
+        answers: Sequence[str] = (),
+        objects: Sequence[Object] = (),
+        token_ids: Sequence[int] = (),
+        caption_ids: Sequence[Sequence[int]] = (),
+        **cells: str,
+    ) -> None:
         """Add an example.
+
+        Args:
+            id: its name.
+            captions: texts.
+            answers: texts.
+            objects: what is in its picture; masks are plain JSON.
+            token_ids: in place of ``text``.
+            caption_ids: in place of ``captions``.
+            cells: ``image``, ``text``, ``label``, ``second``, ``segmentation``.
 
         Raises:
             UnusableError: its texts cannot be used, or another one has its id.
@@ -233,6 +235,11 @@ class Builder:
         if id in self._ids:
             raise UnusableError(f"another one has its id, {short(id)}")
         self._ids.add(id)
+        if objects:
+            single["objects"] = objects_packed(objects)
+        if len(token_ids):
+            single["token_ids"] = ids_packed(token_ids)
+        several["caption_ids"] = [ids_packed(ids) for ids in caption_ids]
         for name in self.SINGLE:
             self._columns[name].add(single.get(name, b""))
         for name, texts in several.items():
@@ -264,7 +271,7 @@ class Builder:
         settings = source.model_dump_json(exclude={"path", "names", "max_bad_share"})
         columns = {name: column.texts() for name, column in self._columns.items() if column.some}
         starts = {name: np.array(some, np.int64) for name, some in self._starts.items()}
-        kept = _InColumns(root, columns, starts)
+        kept = InColumns(root, columns, starts)
         return Opened(
             range(len(self)),
             kept.example,
@@ -272,50 +279,8 @@ class Builder:
             self.problems,
             lengths=kept.lengths(),
             state=hashed.state(),
+            things=kept.objects if "objects" in columns else None,
         )
-
-
-class _InColumns:
-    """Examples in columns."""
-
-    def __init__(self, root: Path, columns: dict[str, Texts], starts: dict[str, Any]) -> None:
-        self.root, self.columns, self.starts = root, columns, starts
-
-    def example(self, row: int) -> Example:
-        """One example."""
-        return Example(
-            self._single("id", row),
-            self._path("image", row),
-            self._several("captions", row),
-            self._single("text", row) or None,
-            self._single("label", row) or None,
-            self._path("second", row),
-            self._several("answers", row),
-            self._path("segmentation", row),
-        )
-
-    def lengths(self) -> Any:
-        """Bytes of the texts, or of the captions in the mean; None where there are none."""
-        if "text" in self.columns:
-            return np.diff(self.columns["text"].ends, prepend=0)
-        if "captions" not in self.columns:
-            return None
-        starts = self.starts["captions"]
-        bounds = np.concatenate([[0], self.columns["captions"].ends])[starts]
-        return np.diff(bounds) // np.maximum(np.diff(starts), 1)
-
-    def _single(self, name: str, row: int) -> str:
-        return self.columns[name][row] if name in self.columns else ""
-
-    def _path(self, name: str, row: int) -> Path | None:
-        found = self._single(name, row)
-        return self.root / found if found else None
-
-    def _several(self, name: str, row: int) -> tuple[str, ...]:
-        if name not in self.columns:
-            return ()
-        first, last = (int(self.starts[name][row + more]) for more in (0, 1))
-        return tuple(self.columns[name][first:last])
 
 
 def karpathy(file: Path, builder: Builder, splits: Sequence[str], places: Callable[[Any], list[str]]) -> None:
