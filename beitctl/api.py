@@ -239,8 +239,9 @@ class FinetuneTask(Task, Protocol):
     windows), called without gradient on a whole, unsharded ``MultiwayLearner`` in eval mode;
     ``usable(examples, labels) -> Sequence[int]``: the indices of training examples that it can learn from;
     ``smoke_data(split) -> dict``: table of the source that ``--smoke`` reads, for split "train" or "test".
-    Optional class variable ``heads_from`` (dict): heads that begin as heads of pretraining, by name; optional
-    property ``even_passes`` (bool): every forward pass of training must hold an even number of samples.
+    Optional class variables: ``heads_from`` (dict): heads that begin as heads of pretraining, by name;
+    ``frozen`` (tuple of str): parts of the names of parameters that are not trained. Optional property
+    ``even_passes`` (bool): every forward pass of training must hold an even number of samples.
     """
 
     def score(

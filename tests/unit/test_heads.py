@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from beitctl.checkpoints import models
 from beitctl.checkpoints.models import MODELS, model_with
+from beitctl.model.dense import Segmenter
 from beitctl.model.heads import Aggregation, BertHead, Classifier, ContrastiveHead, MlpHead, Pooler
 
 DEIT = replace(MODEL, vocabulary=0, text_tokens=0, distill_token=True)
@@ -128,6 +129,7 @@ WORDS = {"text_tokens": nn.Linear(8, 52)}
 HEADS = {
     "classifier": (models.ClassificationModel, {"classifier": Classifier(MODEL, 5)}),
     "text classifier": (models.TextClassificationModel, {"text_classifier": nn.Linear(8, 5)}),
+    "segmenter": (models.SegmentationModel, {"segmenter": Segmenter(VLMO, 5, auxiliary=True)}),
     "retrieval": (models.RetrievalModel, CONTRAST),
     "retrieval and pooler": (models.RetrievalModel, CONTRAST | POOLER),
     "answers": (models.AnswerModel, {"answers": MlpHead(8, 16, 5)} | POOLER),

@@ -171,6 +171,7 @@ class Finetune(Plugin):
             return MultiwayLearner(Multiway(config), [Objective("task", self.task)], {"task": tools})
 
         learner = shared.build(make, ranks, self.train, value, job)
+        learner = shared.frozen_in(learner, getattr(self.task, "frozen", ()))
         if known and first:
             shared.report_start(learner, known, job)
         stream = Stream(
