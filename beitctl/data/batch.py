@@ -45,6 +45,8 @@ class Group:
     empty if ``patch_targets`` are the codes."""
     extra: tuple[Mapping[str, Tensor], ...] = ()
     """``Item.extra`` of every item."""
+    step: int = 0
+    """Training step of the batch, from 0, for losses that change with it."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -121,13 +123,14 @@ class Portion:
         return replace(self, layout="pair", items=[*self.items, *second], keep=keep)
 
 
-def collate(portions: Sequence[Portion], config: ModelConfig, multiple: int = 1) -> Batch:
+def collate(portions: Sequence[Portion], config: ModelConfig, multiple: int = 1, step: int = 0) -> Batch:
     """Pack the items of all objectives into one batch.
 
     Args:
         portions: the items, by objective.
         config: shape of the model.
         multiple: what both text segments have a multiple of rows of, by fillers; 1: there are none.
+        step: training step that the batch belongs to, from 0.
     """
     if len({p.causal_text for p in portions if p.layout in ("pair", "two-pairs")}) > 1:
         raise ValueError("captioning and other pairs cannot share a batch: they differ in what text sees")
@@ -152,7 +155,8 @@ def collate(portions: Sequence[Portion], config: ModelConfig, multiple: int = 1)
     code_views, places = _code_views(portions, config.patches)
     groups = {}
     for portion, shown in zip(portions, seen, strict=True):
-        groups[portion.name] = _group(portion, shown, plan, firsts, config.prefix, places[portion.name])
+        made = _group(portion, shown, plan, firsts, config.prefix, places[portion.name])
+        groups[portion.name] = replace(made, step=step)
     return Batch(
         plan=plan,
         pixels=_stack([item.image for p in pictured for item in p.items], (3, *config.size), np.uint8),

@@ -139,7 +139,7 @@ class StepData(Dataset[list[Batch]]):
                 problems += bad
             keep = np.stack(keeps) if keeps and self.model.drop_path else None
             portions.append(portion_of(stream.name, stream.task, items, keep))
-        batch = collate(portions, self.model, self.multiple)
+        batch = collate(portions, self.model, self.multiple, step)
         return replace(batch, samples=tuple(samples), problems=tuple(problems))
 
     def _keep(self, stream: Stream, position: int) -> np.ndarray[Any, Any]:

@@ -152,7 +152,7 @@ def test_a_batch_moves_with_all_its_groups(batch):
     moved = batch.to(torch.device("meta"))
     tensors = [moved.pixels, moved.ids, moved.image_mask]
     for group in moved.groups.values():
-        tensors += [value for key, value in vars(group).items() if key != "extra"]
+        tensors += [value for key, value in vars(group).items() if key not in ("extra", "step")]
         tensors += [tensor for extra in group.extra for tensor in extra.values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.plan is batch.plan
@@ -212,3 +212,7 @@ def test_extra_arrays_come_along_item_by_item():
     items = [replace(image(n), extra={"scores": np.full(n, 0.5, np.float32)}) for n in (1, 3)]
     group = collate([Portion("image", "image", items)], SMALL).groups["image"]
     assert [one["scores"].tolist() for one in group.extra] == [[0.5], [0.5] * 3]
+
+
+def test_a_batch_knows_the_step_that_it_belongs_to():
+    assert collate(PORTIONS, SMALL, step=7).groups["words"].step == 7
