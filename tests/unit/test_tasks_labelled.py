@@ -15,13 +15,8 @@ from beitctl.data.batch import Portion, collate
 from beitctl.errors import DataError, UserError
 from beitctl.model.heads import Classifier, ContrastiveHead
 from beitctl_plugins.tasks.classification import Classification
-from beitctl_plugins.tasks.retrieval import (
-    Retrieval,
-    chance,
-    recalls,
-    retrieval_gallery,
-    same_caption,
-)
+from beitctl_plugins.tasks.matching import Matches, chance, recalls
+from beitctl_plugins.tasks.retrieval import Retrieval, retrieval_gallery
 
 LABELS = ("blue", "green", "red")
 
@@ -133,11 +128,40 @@ def test_a_caption_that_is_too_long_is_cut_and_still_ends():
 
 @pytest.mark.parametrize(
     ("example", "message"),
-    [(Example("x", png()), "x: no caption"), (Example("x", captions=("a",)), "x: no picture")],
+    [
+        (Example("x", png()), "x: no caption"),
+        (Example("x", captions=("a",)), "x: no picture"),
+        (Example("x", png(), ("",)), "x: caption 1 is empty"),
+        (Example("x", png(), caption_ids=(np.array([60]),)), "x: id 60 is none of the model's 52"),
+    ],
 )
-def test_a_pair_that_lacks_something_is_named(example, message):
+@pytest.mark.parametrize("train", [True, False])
+def test_a_pair_that_lacks_something_is_named(example, message, train):
     with pytest.raises(DataError, match=message):
-        Retrieval().prepare(example, rng(), tools())
+        Retrieval().prepare(example, rng(), tools(train=train))
+
+
+def test_training_draws_one_caption_and_evaluation_holds_all_of_them():
+    example, letters = Example("x", png(), ("cat", "a big dog and more", "ox")), Letters()
+    drawn = {len(Retrieval().prepare(example, rng(seed), tools()).text) for seed in range(20)}
+    assert drawn == {4, 5, 10}
+    item = Retrieval().prepare(example, rng(), tools(train=False))
+    assert item.text.tolist() == [0, *letters.encode("cat"), 2]
+    assert item.extra["lengths"].tolist() == [5, 10, 4]
+    assert item.extra["cut"].tolist() == [0, 1, 0]
+    assert item.extra["texts"].shape == (3, 10)
+    assert item.extra["texts"][2].tolist() == [0, *letters.encode("ox"), 2, *[letters.pad_id] * 6]
+
+
+def test_captions_that_are_ids_stand_in_place_of_words():
+    example = Example("x", png(), caption_ids=(np.array([7, 8]), np.array([9])))
+    item = Retrieval().prepare(example, rng(), tools(train=False))
+    assert item.extra["texts"].tolist() == [[0, 7, 8, 2], [0, 9, 2, 1]]
+
+
+def test_a_task_may_cut_captions_sooner_than_the_model():
+    item = Retrieval(text_tokens=4).prepare(Example("x", png(), ("a boat",)), rng(), tools())
+    assert len(item.text) == 4
 
 
 def test_retrieval_without_a_tokenizer_names_the_setting():
@@ -172,60 +196,82 @@ def test_the_contrastive_loss_is_the_mean_of_both_ways(head):
     assert right.item() == (logits.argmax(1) == truth).sum().item()
 
 
+def of_table(scores, captions=None, duplicates=True):
+    """Recalls of a (texts, pictures) table of scores; by default every picture has one caption of its own."""
+    matches = Matches.of(captions or [[str(n)] for n in range(scores.shape[1])], duplicates)
+    return recalls(matches.ranks(lambda asked: scores.T[asked], lambda asked: scores[asked]), matches)
+
+
 def test_recalls_of_a_table_made_by_hand():
     scores = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.1, 0.6, 0.7]])  # texts by pictures
-    found = recalls(scores, torch.eye(3, dtype=torch.bool))
+    found = of_table(scores)
     assert found["t2i_r1"] == pytest.approx(2 / 3)  # text 1 prefers picture 0
     assert found["i2t_r1"] == pytest.approx(2 / 3)  # picture 1 prefers text 2
+    assert found["recall@1"] == pytest.approx(2 / 3)
+    assert found["mean_recall"] == pytest.approx((2 * 2 / 3 + 4) / 6)
     assert found["t2i_r5"] == found["i2t_r10"] == 1
-    assert found["examples"] == 3
+    assert (found["examples"], found["captions"]) == (3, 3)
 
 
 def test_recall_at_five_looks_at_five():
     scores = torch.arange(8.0).expand(8, 8)  # every text prefers the last pictures
-    found = recalls(scores, torch.eye(8, dtype=torch.bool))
+    found = of_table(scores)
     assert (found["t2i_r1"], found["t2i_r5"]) == (1 / 8, 5 / 8)
 
 
 @pytest.mark.parametrize(("n", "k", "expected"), [(10, 5, 0.5), (10, 1, 0.1), (4, 5, 1.0)])
 def test_chance_with_one_right_answer_is_k_over_n(n, k, expected):
-    assert chance(torch.eye(n, dtype=torch.bool), k) == pytest.approx(expected)
+    assert chance(np.ones(n, np.int64), n, k) == pytest.approx(np.full(n, expected))
 
 
 def test_chance_grows_with_the_right_answers():
-    hits = torch.zeros(4, 4, dtype=torch.bool)
-    hits[:2, :2] = hits[2:, 2:] = True
-    assert chance(hits, 2) == pytest.approx(1 - 2 / 4 * 1 / 3)
+    assert chance(np.array([1, 2, 4]), 4, 2) == pytest.approx([2 / 4, 1 - 2 / 4 * 1 / 3, 1])
 
 
-def test_a_picture_with_an_equal_caption_is_a_hit():
-    examples = coloured("blue", "red", "blue").examples
-    hits = same_caption(examples)
-    assert hits.tolist() == [[True, False, True], [False, True, False], [True, False, True]]
-    scores = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    assert recalls(scores, hits)["t2i_r1"] == 1
+@pytest.mark.parametrize(("duplicates", "recall"), [(True, 1), (False, 2 / 3)])
+def test_a_picture_with_an_equal_caption_is_a_hit_unless_it_is_switched_off(duplicates, recall):
+    scores = torch.tensor(
+        [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    )  # equal captions score the same
+    found = of_table(scores, [["blue"], ["red"], ["blue"]], duplicates)
+    assert found["t2i_r1"] == found["i2t_r1"] == pytest.approx(recall)
+
+
+def said(pictures, texts, counts):
+    """What the task says of a batch."""
+    return {
+        "pictures": pictures, "texts": texts, "counts": torch.tensor(counts),
+        "cut": torch.zeros(len(counts), dtype=torch.int64),
+    }  # fmt: skip
 
 
 def test_the_score_joins_the_batches():
     vectors = F.normalize(torch.randn(3, 8), dim=1)
-    outputs = [(vectors[:2], vectors[:2], torch.ones(1)), (vectors[2:], vectors[2:], torch.ones(1))]
+    outputs = [said(vectors[:2], vectors[:2], [1, 1]), said(vectors[2:], vectors[2:], [1])]
     examples = coloured("blue", "red", "green")
     found = Retrieval().score(outputs, examples.examples, tools(), examples.open())
-    assert (found["t2i_r1"], found["i2t_r1"], found["examples"]) == (1, 1, 3)
+    assert next(iter(found.metrics)) == "recall@1"
+    assert [found.metrics[key] for key in ("recall@1", "t2i_r1", "i2t_r1", "examples")] == [1, 1, 1, 3]
+    assert found.rows[1] == {
+        "id": "1-red", "captions": ["a red square"], "best text": "a red square",
+        "rank of the first own caption": 1, "ranks of the picture": [1],
+    }  # fmt: skip
 
 
-def test_retrieval_draws_a_gallery():
+@pytest.mark.parametrize(
+    ("order", "drawn"), [([0, 1, 2], ["retrieval"]), ([1, 0, 2], ["retrieval", "retrieval-mistakes"])]
+)
+def test_retrieval_draws_a_gallery_and_its_mistakes(order, drawn):
     log, examples = Record(), coloured("blue", "red", "green")
     vectors = torch.eye(3)
-    Retrieval().draw([(vectors, vectors, torch.ones(1))], examples.examples, tools(), log)
-    ((name, data, *_),) = log.said["figure"]
-    assert name == "retrieval"
-    assert data.startswith(b"\x89PNG")
+    Retrieval().draw([said(vectors, vectors[order], [1, 1, 1])], examples.examples, tools(), log)
+    assert [figure[0] for figure in log.said["figure"]] == drawn
+    assert all(figure[1].startswith(b"\x89PNG") for figure in log.said["figure"])
 
 
 def test_a_gallery_of_an_example_without_a_picture_names_it():
     with pytest.raises(DataError, match="x: no picture"):
-        retrieval_gallery(torch.eye(1), [Example("x", captions=("a",))], tools(), Record())
+        retrieval_gallery(lambda _: torch.eye(1), [Example("x", captions=("a",))], tools(), Record())
 
 
 def test_heads_of_retrieval_have_no_bias_and_one_temperature():

@@ -18,14 +18,21 @@ from beitctl.engine.learner import PIXELS, normalise
 from beitctl.errors import UserError
 from beitctl.model.multiway import Multiway, Packed
 from beitctl.model.plan import plan_of
-from beitctl_plugins.tasks.preparing import framed, loaded, view_of
+from beitctl_plugins.tasks.matching import Matches, recalls
+from beitctl_plugins.tasks.preparing import loaded, view_of
+from beitctl_plugins.tasks.retrieval import caption_ids, caption_keys
 
 CHUNK = 64
+WORDS = (
+    "first caption of every picture, by the mean log-likelihood of its words given the picture less that "
+    "given a hidden one; an equal caption is a hit too"
+)
+"""The protocol, for people."""
 
 
 @torch.no_grad()
 def pair_scores(stored: Stored, examples: Sequence[Example], tools: Tools, device: torch.device) -> Tensor:
-    """(texts, pictures) scores of every caption with every picture.
+    """(texts, pictures) scores of the first caption of every example with every picture.
 
     Raises:
         UserError: the model was not pretrained on text.
@@ -39,16 +46,23 @@ def pair_scores(stored: Stored, examples: Sequence[Example], tools: Tools, devic
     head = nn.Linear(stored.model.width, stored.model.vocabulary).to(device)
     fit(stored.tensors, head, "heads.text_tokens.", stored.folder)
     rng = np.random.default_rng(0)
-    pictures = torch.from_numpy(np.stack([view_of(e, rng, tools, (1.0, 1.0)) for e in examples])).to(device)
-    pixels = normalise(pictures, PIXELS[stored.model.pixels])
+    pictures = torch.from_numpy(
+        np.stack([view_of(e, rng, tools, (1.0, 1.0), test="squash") for e in examples])
+    )
+    pixels = normalise(pictures.to(device), PIXELS[stored.model.pixels])
     tokenizer = loaded(tools)
-    most = stored.model.text_tokens - 2
-    ids = [framed(tokenizer.encode(e.captions[0])[:most], tokenizer) for e in examples]
+    ids = [caption_ids(example, 0, tools)[0] for example in examples]
     scores = torch.zeros(len(ids), len(ids))
     for row, text in enumerate(ids):
         scores[row] = _likelihood(model, head, pixels, text, tokenizer.mask_id)
         scores[row] -= _likelihood(model, head, pixels[:1], text, tokenizer.mask_id, blind=True)
     return scores
+
+
+def table_recalls(scores: Tensor, examples: Sequence[Example]) -> dict[str, float]:
+    """Recalls of a (texts, pictures) table of scores of first captions; an equal caption is a hit too."""
+    matches = Matches.of([caption_keys(example)[:1] for example in examples], duplicates=True)
+    return recalls(matches.ranks(lambda asked: scores.T[asked], lambda asked: scores[asked]), matches)
 
 
 def _likelihood(
