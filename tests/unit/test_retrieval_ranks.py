@@ -233,7 +233,7 @@ def test_a_file_with_a_contrastive_head_is_measured_by_the_task_that_is_named(fo
     assert set(alone["intervals_95"]) == {"i2t_r1", "t2i_r1"}
     assert "note" not in first.said
     (((note),),) = second.said["note"]
-    assert note.endswith("not used: heads.text_tokens.weight, heads.text_tokens.bias")
+    assert note.endswith("not used: heads.text_tokens.bias, heads.text_tokens.weight")
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [f"p{n}" for n in range(13) if n != 4]
 

@@ -1,6 +1,7 @@
 """The stage eval: protocols, and requirements that scripts rely on."""
 
 import pytest
+import torch
 from pydantic import ValidationError
 from small import Given, Record, coloured, pieces, png, stored
 
@@ -31,27 +32,51 @@ def knn(tmp_path, source=None, reference=None, **settings):
 
 
 def test_the_nearest_neighbour_of_a_colour_is_that_colour(tmp_path):
-    assert knn(tmp_path) == {"pretrained": 1.0, "random_init": 1.0, "examples": 2.0, "reference": 3.0}
+    found = knn(tmp_path)
+    assert found.pop("protocol").startswith("k-NN, k = 1, cosine similarity, votes weighed by similarity, ")
+    assert found.pop("intervals_95") == {"pretrained": [1.0, 1.0], "random_init": [1.0, 1.0]}
+    assert found == {
+        "pretrained": 1.0, "random_init": 1.0, "majority": 0.5, "examples": 2.0, "left_out": 0.0,
+        "reference": 3.0, "reference_left_out": 0.0, "label_not_in_reference": 0.0,
+    }  # fmt: skip
 
 
 def test_a_colour_that_has_another_name_is_not_found(tmp_path):
     blue = coloured("blue").examples[0]
     other = Given(examples=(Example("x", blue.image, label="sky"), *coloured("red").examples))
-    assert knn(tmp_path, source=other)["pretrained"] == 0.5
+    found = knn(tmp_path, source=other)
+    assert (found["pretrained"], found["label_not_in_reference"]) == (0.5, 1)
 
 
 def test_knn_compares_with_the_seeds_random_weights(tmp_path):
     assert knn(tmp_path, seed=3)["random_init"] == 1.0
 
 
-def test_pictures_without_a_label_do_not_count(tmp_path):
-    source = Given(examples=(*coloured("red").examples, Example("x", png())))
-    assert knn(tmp_path, source=source)["examples"] == 1
+@pytest.mark.parametrize("bad", [Example("x", png()), Example("x", b"torn", label="red")])
+@pytest.mark.parametrize("where", ["source", "reference"])
+def test_a_picture_without_a_label_or_that_is_torn_is_counted(tmp_path, bad, where):
+    good = {"source": coloured("red"), "reference": coloured("red", "blue")}
+    found = knn(tmp_path, **good | {where: Given(examples=(*good[where].examples, bad))})
+    left_out = {"source": found["left_out"], "reference": found["reference_left_out"]}
+    assert (found["examples"], found["reference"]) == (1, 2)
+    assert left_out == {"source": float(where == "source"), "reference": float(where == "reference")}
 
 
-def test_a_corrupt_picture_does_not_count(tmp_path):
-    source = Given(examples=(*coloured("red").examples, Example("x", b"torn", label="red")))
-    assert knn(tmp_path, source=source)["examples"] == 1
+def test_knn_with_a_single_class_is_refused(tmp_path):
+    with pytest.raises(UserError, match="reference: k-NN needs at least two classes, all 2 pictures are 'r"):
+        knn(tmp_path, reference=coloured("red", "red"))
+
+
+@pytest.mark.parametrize("feature", ["patches", "class", "both"])
+def test_every_feature_of_a_picture_can_be_compared(tmp_path, feature):
+    assert knn(tmp_path, feature=feature, temperature=0.07)["examples"] == 2
+
+
+def test_a_limit_holds_for_every_protocol(tmp_path):
+    source = coloured("red", "blue", "red", "blue", "red")
+    assert knn(tmp_path, source=source, limit=2)["examples"] == 2
+    model = stored(tmp_path / "tuned", "classification", ("blue", "red"))
+    assert run(tmp_path, model, "task", source, limit=3)[0]["examples"] == 3
 
 
 def test_knn_deeper_than_the_model_is_refused(tmp_path):
@@ -60,7 +85,7 @@ def test_knn_deeper_than_the_model_is_refused(tmp_path):
 
 
 def test_knn_without_any_label_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no labelled picture to measure k-NN with"):
+    with pytest.raises(DataError, match="source: none of the 1 examples to measure on can be used: x: no"):
         knn(tmp_path, source=Given(examples=(Example("x", png()),)))
 
 
@@ -101,7 +126,7 @@ def test_all_missed_requirements_are_told(tmp_path):
 def test_a_requirement_on_an_unknown_metric_names_those_there_are(tmp_path):
     with pytest.raises(
         UserError,
-        match="require: no metric 'acuracy'; there are pretrained, random_init, examples, reference",
+        match="require: no metric 'acuracy'; there are pretrained, random_init, majority, examples, left_out",
     ):
         knn(tmp_path, require=["acuracy>0"])
 
@@ -193,9 +218,44 @@ def test_zero_shot_retrieval_measures_recalls_within_the_limit(tmp_path):
     model = stored(tmp_path, "masked-text", tokenizer=pieces())
     source = coloured("red", "blue", "green", "grey")
     found, log = run(tmp_path, model, "zero-shot-retrieval", source, limit=3)
-    assert found["examples"] == 3
+    assert (found["examples"], found["left_out"]) == (3, 0)
+    assert found["protocol"].startswith("first caption of every picture")
     assert found["chance_r5"] == 1
     assert [figure[0] for figure in log.said["figure"]] == ["retrieval"]
+
+
+def test_zero_shot_retrieval_counts_pictures_without_a_caption(tmp_path):
+    model = stored(tmp_path, "masked-text", tokenizer=pieces())
+    source = Given(examples=(*coloured("red", "blue").examples, Example("x", png())))
+    found, log = run(tmp_path, model, "zero-shot-retrieval", source)
+    assert (found["examples"], found["left_out"]) == (2, 1)
+    assert log.said["warning"][0][:2] == ("W401", "1 of 3 pictures have no caption, such as x")
+
+
+def test_zero_shot_retrieval_of_a_model_with_a_contrastive_head_is_by_its_vectors(tmp_path):
+    model = stored(tmp_path, "retrieval", tokenizer=pieces())
+    source = coloured("red", "blue", "green", captions=("a {} square", "{}"))
+    by_task, _ = run(tmp_path, model, "task", source)
+    found, log = run(tmp_path, model, "zero-shot-retrieval", source)
+    assert found.pop("protocol") == log.said["note"][0][0].removeprefix("protocol: ")
+    assert found == by_task
+    assert found["captions"] == 6
+    assert run(tmp_path, model, "zero-shot-retrieval", source, limit=2)[0]["examples"] == 2
+
+
+def test_zero_shot_retrieval_leaves_the_heads_of_pretraining_alone(tmp_path):
+    found = read_model(stored(tmp_path / "a", "retrieval", tokenizer=pieces()))
+    other = {"heads.text_tokens.weight": torch.zeros(52, 8), "heads.text_tokens.bias": torch.zeros(52)}
+    save_model(tmp_path / "b", found.tensors | other, found.model, tokenizer=pieces())
+    source = coloured("red", "blue", "green")
+    tuned, _ = run(tmp_path, tmp_path / "b", "zero-shot-retrieval", source)
+    assert tuned == run(tmp_path, tmp_path / "a", "zero-shot-retrieval", source)[0]
+
+
+def test_zero_shot_retrieval_by_another_task_is_refused(tmp_path):
+    model = stored(tmp_path, "retrieval", tokenizer=pieces())
+    with pytest.raises(UserError, match="task must be of the kind retrieval, or left out"):
+        run(tmp_path, model, "zero-shot-retrieval", coloured("red", "blue"), task=Classification())
 
 
 def test_a_missing_model_is_named(tmp_path):

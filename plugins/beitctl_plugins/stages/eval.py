@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -14,8 +14,12 @@ from beitctl_plugins.stages.requiring import Require, check
 if TYPE_CHECKING:
     import torch
 
+    from beitctl.api import Examples
     from beitctl.checkpoints.native import Stored
     from beitctl.engine.dist import Ranks
+
+CONTRASTIVE = "heads.contrastive.vision.weight"
+"""Name of a weight that models with a contrastive head have."""
 
 
 class Eval(Plugin):
@@ -31,8 +35,9 @@ class Eval(Plugin):
     """``task``: the task whose heads the model has, where its file does not say, as official files do not; or
     the same task with other settings of the evaluation, such as ``beam_size``."""
     protocol: Literal["knn", "zero-shot-retrieval", "task"]
-    """``knn``: labels by the nearest training pictures; ``zero-shot-retrieval``: how well a pretrained model
-    predicts a caption's words from a picture; ``task``: the metrics of the fine-tuned task."""
+    """``knn``: labels by the nearest training pictures; ``zero-shot-retrieval``: by the contrastive head if
+    the model has one, else by how well it predicts a caption's words from a picture; ``task``: the metrics
+    of the fine-tuned task."""
     source: SourceField
     """Examples to measure on."""
     reference: SourceField | None = None
@@ -40,13 +45,19 @@ class Eval(Plugin):
     baselines are read from, by default the measured ones."""
     neighbours: int = Field(default=5, ge=1)
     """``knn``: how many neighbours vote."""
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """``knn``: 0: a vote weighs its cosine similarity; else exp(similarity / temperature). DINO's protocol is
+    ``neighbours = 20``, ``temperature = 0.07``, ``feature = "class"``."""
+    feature: Literal["patches", "class", "both"] = "patches"
+    """``knn``: the mean of the patches, the class token, or both side by side."""
     depth: int = Field(default=0, ge=0)
     """``knn``: the block whose output is the feature; 0 is two thirds up, where BEiT's features are best (the
     linear probes of arXiv:2106.08254 peak at block 9 of 12 and 14 of 24): the last ones serve prediction."""
     workers: int = Field(default=0, ge=0)
-    """``task``: data-loading processes per rank; 0 loads in the main process."""
+    """``knn``, ``task``: data-loading processes per rank; 0 loads in the main process."""
     limit: int = Field(default=0, ge=0)
-    """Most examples that are measured; 0: all. Zero-shot retrieval scores every pair: limit² passes."""
+    """Most examples that are measured, spread evenly; 0: all. Zero-shot retrieval without a contrastive head
+    scores every pair: limit² passes."""
     require: Require = Field(default=[])
     """Conditions such as ``pretrained>=0.3``; a run that misses one ends with exit code 7."""
     seed: int = Field(default=0, ge=0)
@@ -75,14 +86,25 @@ class Eval(Plugin):
         ranks = dist.start()
         stored = read_model(job.path(self.model), self.model_settings)
         if self.protocol == "task":
-            metrics = self._task(stored, job, ranks)
+            metrics = self._task(self.task or stored.open_task(), stored, job, ranks)
+        elif self.protocol == "zero-shot-retrieval" and CONTRASTIVE in stored.tensors:
+            metrics = self._by_vectors(stored, job, ranks)
         else:
             measure = self._knn if self.protocol == "knn" else self._zero_shot
-            metrics = measure(stored, job, ranks.device)
+            metrics = measure(stored, job, ranks)
             ranks.barrier()
             job.log.evaluation(self.protocol, 0, metrics)
         check(metrics, self.require)
         return metrics
+
+    def _limited(self, examples: "Examples") -> "Examples":
+        """As many of the examples as are measured, evenly spread."""
+        if not self.limit or len(examples) <= self.limit:
+            return examples
+        from beitctl_plugins.stages.measuring import Chosen
+
+        step = len(examples) // self.limit
+        return cast("Examples", Chosen(examples, range(0, len(examples), step)[: self.limit]))
 
     def _tools(self, stored: "Stored", job: Job) -> Tools:
         from beitctl_plugins.stages.shared import open_text, pictures
@@ -90,79 +112,70 @@ class Eval(Plugin):
         tokenizer = open_text(job, self.text_tokenizer) or stored.text_tokenizer()
         return Tools(stored.model, tokenizer, labels=stored.labels, train=False, pictures=pictures())
 
-    def _knn(self, stored: "Stored", job: Job, device: "torch.device") -> dict[str, float]:
+    def _knn(self, stored: "Stored", job: Job, ranks: "Ranks") -> dict[str, Any]:
         """Share of right labels among the nearest neighbours, for the model and for random weights."""
-        from beitctl.checkpoints.native import fit
-        from beitctl.model.init import initial
-        from beitctl.model.multiway import Multiway
+        from beitctl_plugins.stages import shared
+        from beitctl_plugins.stages.probing import knn
+        from beitctl_plugins.stages.probing.features import Features, depth_of
 
-        if self.depth > stored.model.layers:
-            raise UserError(f"depth ({self.depth}) must not exceed the model's {stored.model.layers} blocks")
-        model = Multiway(stored.model).to(device).eval()
-        random = {
-            f"model.{name}": initial(f"model.{name}", value.shape, stored.model, self.seed)
-            for name, value in model.named_parameters()
+        features = Features(depth_of(self.depth, stored.model), self.feature)
+        sources = {
+            "source": self._limited(shared.opened("source", self.source, job)),
+            "reference": shared.opened("reference", self.reference, job),
         }
-        found: dict[str, float] = {}
-        for name, tensors in (("pretrained", stored.tensors), ("random_init", random)):
-            fit(tensors, model, "model.", stored.folder)
-            known, labels = self._features(model, self.reference, self._tools(stored, job))
-            asked, truth = self._features(model, self.source, self._tools(stored, job))
-            votes = _vote(asked, known, labels, self.neighbours)
-            found[name] = sum(a == b for a, b in zip(votes, truth, strict=True)) / len(truth)
-        return found | {"examples": float(len(truth)), "reference": float(len(labels))}
+        return knn.measured(
+            stored, knn.Protocol(features, self.neighbours, self.temperature, self.seed), sources,
+            self._tools(stored, job), job, ranks, self.workers,
+        )  # fmt: skip
 
-    def _features(self, model: Any, source: Any, tools: Tools) -> tuple["torch.Tensor", list[str]]:
-        """Unit vectors (n, d) of the mean patch of every labelled picture, and the labels."""
-        import numpy as np
-        import torch
+    def _by_vectors(self, stored: "Stored", job: Job, ranks: "Ranks") -> dict[str, Any]:
+        """Retrieval by the vectors of a model with a contrastive head."""
+        from beitctl_plugins.tasks.retrieval import Retrieval
 
-        from beitctl.engine.learner import PIXELS, normalise
-        from beitctl.errors import DataError
-        from beitctl_plugins.tasks.preparing import view_of
+        task = self.task or stored.open_task()
+        if self.task and not isinstance(self.task, Retrieval):
+            raise UserError("zero-shot-retrieval: task must be of the kind retrieval, or left out")
+        words = "contrastive head, cosine similarity, all captions of every picture"
+        job.log.note(f"protocol: {words}")
+        found = self._task(task if isinstance(task, Retrieval) else Retrieval(), stored, job, ranks)
+        return found | {"protocol": words}
 
-        examples = opened(source)
-        rows, labels, found = [], [], []
-        for index in range(len(examples)):
-            example = examples[index]
-            if not example.label:
-                continue
-            try:
-                rows.append(view_of(example, np.random.default_rng(0), tools, (1.0, 1.0)))
-            except DataError:
-                continue
-            labels.append(example.label)
-        if not labels:
-            raise DataError("no labelled picture to measure k-NN with")
-        for start in range(0, len(rows), 64):
-            pixels = torch.from_numpy(np.stack(rows[start : start + 64])).to(model.device)
-            pixels = normalise(pixels, PIXELS[tools.model.pixels])
-            with torch.no_grad():
-                found.append(model.patches(pixels, self.depth or _middle(model)).mean(1))
-        return torch.nn.functional.normalize(torch.cat(found), dim=-1), labels
+    def _zero_shot(self, stored: "Stored", job: Job, ranks: "Ranks") -> dict[str, Any]:
+        """Retrieval by the words that a picture helps to predict."""
+        from beitctl_plugins.stages.zero_shot import WORDS, pair_scores, table_recalls
+        from beitctl_plugins.tasks.retrieval import retrieval_gallery
 
-    def _zero_shot(self, stored: "Stored", job: Job, device: "torch.device") -> dict[str, float]:
-        from beitctl_plugins.stages.zero_shot import pair_scores
-        from beitctl_plugins.tasks.retrieval import recalls, retrieval_gallery, same_caption
+        tools, (examples, bare) = self._tools(stored, job), self._pairs()
+        scores = pair_scores(stored, examples, tools, ranks.device)
+        retrieval_gallery(lambda asked: scores[asked], examples, tools, job.log)
+        if bare:
+            job.log.warning(
+                "W401",
+                f"{len(bare)} of {len(bare) + len(examples)} pictures have no caption, such as {bare[0]}",
+                "the metrics are of the others",
+            )
+        return table_recalls(scores, examples) | {"left_out": float(len(bare)), "protocol": WORDS}
 
-        tools, examples = self._tools(stored, job), self._pairs()
-        scores = pair_scores(stored, examples, tools, device)
-        retrieval_gallery(scores, examples, tools, job.log)
-        return recalls(scores, same_caption(examples))
+    def _pairs(self) -> tuple[Sequence[Example], list[str]]:
+        """The examples with captions that are measured, and the ids of those without."""
+        from beitctl_plugins.tasks.retrieval import captions_of
 
-    def _pairs(self) -> Sequence[Example]:
         examples = opened(self.source)
-        found = [example for i in range(len(examples)) if (example := examples[i]).captions]
+        read = [examples[i] for i in range(len(examples))]
+        found = [example for example in read if captions_of(example)]
         if len(found) < 2:
             raise UserError(
                 f"retrieval needs at least two pictures with captions, the source has {len(found)}"
             )
         step = max(1, len(found) // self.limit) if self.limit else 1
-        return found[::step][: self.limit or None]
+        return found[::step][: self.limit or None], [e.id for e in read if not captions_of(e)]
 
-    @staticmethod
-    def _check_heads(task: Any, tools: Tools, stored: "Stored") -> None:
-        """Refuse a model whose heads are not those of the task."""
+    def _weights(self, task: Any, tools: Tools, stored: "Stored", job: Job) -> "dict[str, torch.Tensor]":
+        """The model's weights with the heads of the task; others are left out if the recipe names the task.
+
+        Raises:
+            UserError: the heads are not those of the task.
+        """
         import torch
         from torch import nn
 
@@ -171,14 +184,20 @@ class Eval(Plugin):
         found = {name: value.shape for name, value in stored.tensors.items() if name.startswith("heads.")}
         wrong = [f"{name} {tuple(found[name]) if name in found else 'missing'}, expected {tuple(shape)}"
                  for name, shape in own.items() if found.get(name) != shape]  # fmt: skip
-        wrong += [f"{name} is not of this task" for name in found if name not in own]
+        others = sorted(name for name in found if name not in own)
+        if self.task is None and self.protocol == "task":
+            wrong += [f"{name} is not of this task" for name in others]
         if wrong:
             raise UserError(
                 f"{stored.folder}: its heads are not those of the task with {len(tools.labels)} labels: "
                 f"{'; '.join(wrong[:4])}"
             )
+        if others:
+            job.log.note(f"heads of other tasks are not used: {', '.join(others)}")
+        return {name: value for name, value in stored.tensors.items() if name not in others}
 
-    def _task(self, stored: "Stored", job: Job, ranks: "Ranks") -> dict[str, Any]:
+    def _task(self, task: Any, stored: "Stored", job: Job, ranks: "Ranks") -> dict[str, Any]:
+        """The metrics of a task whose heads the model has."""
         import torch
 
         from beitctl.data.loader import Stream
@@ -186,7 +205,6 @@ class Eval(Plugin):
         from beitctl.model.multiway import Multiway
         from beitctl_plugins.stages import measuring, shared
 
-        task: Any = self.task or stored.open_task()
         if task is None:
             raise UserError(
                 f"{stored.folder}: it does not say which task it was fine-tuned to; set task, such as "
@@ -196,28 +214,12 @@ class Eval(Plugin):
         train = opened(self.reference) if self.reference else examples
         labels = stored.labels or shared.vocabulary(task, train)
         tools = replace(self._tools(stored, job), labels=labels)
-        self._check_heads(task, tools, stored)
+        weights = self._weights(task, tools, stored, job)
 
         def make() -> MultiwayLearner:
             return MultiwayLearner(Multiway(stored.model), [Objective("task", task)], {"task": tools})
 
-        learner = measuring.whole(make, stored.tensors, ranks, torch.float32)
-        stream = Stream("task", task, examples, 1, tools)
+        learner = measuring.whole(make, weights, ranks, torch.float32)
+        stream = Stream("task", task, self._limited(examples), 1, tools)
         held = measuring.outputs(learner, stream, ranks, workers=self.workers)
         return measuring.measured(held, train, ranks, job, name=self.protocol)
-
-
-def _middle(model: Any) -> int:
-    return max(1, round(len(model.blocks) * 2 / 3))
-
-
-def _vote(asked: "torch.Tensor", known: "torch.Tensor", labels: Sequence[str], neighbours: int) -> list[str]:
-    """The label with the most similarity among the nearest neighbours of every row."""
-    near = (asked @ known.T).topk(min(neighbours, len(labels)), dim=1)
-    found = []
-    for values, places in zip(near.values.tolist(), near.indices.tolist(), strict=True):
-        votes: dict[str, float] = {}
-        for value, place in zip(values, places, strict=True):
-            votes[labels[place]] = votes.get(labels[place], 0.0) + value
-        found.append(max(votes, key=lambda label: votes[label]))
-    return found
