@@ -1,6 +1,7 @@
 """From a recipe to a sharded module: meta device, FSDP2, then every parameter from its own generator."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ def sharded(
 ) -> Any:  # fmt: skip
     """Build a module on the meta device, shard it over the ranks and give every parameter its value.
 
-    One FSDP2 unit per block and one for the rest. Gradients are summed over ranks, not averaged: the loop
-    divides losses by global counts. Buffers keep the value that ``reset_buffers`` of their module gives them.
+    One FSDP2 unit per block, one per module with the class attribute ``compute_fp32 = True``, and one for the
+    rest. The parameters of the second kind compute in fp32 whatever ``precision`` says, and the module makes
+    its inputs fp32 itself. Gradients are summed over ranks, not averaged: the loop divides losses by global
+    counts. Buffers keep the value that ``reset_buffers`` of their module gives them.
 
     Args:
         build: makes the module.
@@ -61,16 +64,14 @@ def sharded(
         module = build()
     _check(module)
     dtype = compute_dtype(precision, ranks.device)
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+    exact = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = exact if dtype == torch.float32 else replace(exact, param_dtype=dtype)
     prepare(module, dtype)
     mesh = ranks.mesh(shard_ranks)
-    units = [m for m in module.modules() if isinstance(m, Block)]
-    for unit in [*units, module]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size(-1) > 1)
+    outer = _exact_units(module)
+    units = [(m, policy) for m in module.modules() if isinstance(m, Block)] + [(m, exact) for m in outer]
+    for unit, how in [*units, *([] if module in outer else [(module, policy)])]:
+        fully_shard(unit, mesh=mesh, mp_policy=how, reshard_after_forward=mesh.size(-1) > 1)
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             if ranks.world > 1:  # alone, torch divides by 1 as it is, and with a factor in a pass of its own
@@ -83,6 +84,13 @@ def sharded(
     module.to_empty(device=ranks.device)
     fill(module, initial)
     return module
+
+
+def _exact_units(module: nn.Module) -> list[nn.Module]:
+    """The modules with parameters that compute in fp32; of nested ones the outermost alone."""
+    if getattr(module, "compute_fp32", False):
+        return [module] if any(True for _ in module.parameters()) else []
+    return [found for child in module.children() for found in _exact_units(child)]
 
 
 def last_pass(module: nn.Module, last: bool) -> None:

@@ -23,6 +23,8 @@ SMALL = (
 """Heads that begin at a thousandth of the others (BEiT's and BEiT-3's fine-tuning code)."""
 SEGMENTER = "heads.segmenter."
 """Begins the names of the heads of semantic segmentation, whose 1-D weights are those of batch norms."""
+DETECTOR = "heads.detector."
+"""Begins the names of the heads of detection, whose 1-D weights are those of layer norms."""
 
 
 def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
@@ -50,6 +52,10 @@ def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Ten
     segmentation: pyramid         U(+-1/sqrt(fan in))    the same                    the same
     segmentation: convolutions    N(0, sqrt(2/fan out))  the same                    the same
     segmentation: classifiers     N(0, .01)              the same                    the same
+    detection: pyramid, box head  U(+-1/sqrt(fan in))    the same                    the same
+    detection: other convolutions N(0, sqrt(2/fan out))  the same                    the same
+    detection: proposals, classes N(0, .01)              the same                    the same
+    detection: boxes of classes   N(0, .001)             the same                    the same
     ============================  =====================  ==========================  =======================
 
     With ``norm = "pre"``, ``released`` is BEiT-1's and BEiT v2's code: as ``beit``, but BEiT v2's extra
@@ -58,7 +64,8 @@ def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Ten
 
     Sources: ``beit``: BEiT's code and arXiv:2208.10442; ``magneto``: arXiv:2210.06423, which the released
     BEiT-3 is said to use; ``released``: what the released code does when it builds a model; segmentation:
-    PyTorch's default weights in BEiT's pyramid, mmsegmentation 0.11 in the heads.
+    PyTorch's default weights in BEiT's pyramid, mmsegmentation 0.11 in the heads; detection: Detectron2's
+    Mask R-CNN, PyTorch's default weights in the pyramid and in the linear layers of the box head.
 
     Raises:
         ValueError: there is no rule for a parameter of this name.
@@ -82,6 +89,8 @@ def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Ten
         return draw.normal(config.width**-0.5) if as_built or config.init == "magneto" else draw.truncated()
     if name.endswith(("text_embed.type_row", "token_type.weight")):
         return draw.truncated()
+    if name.startswith(DETECTOR) and last == "weight":
+        return _detector(name, draw)
     if last == "weight" and len(shape) == 2:
         weight = _linear(name, draw, config)
         return weight * 0.001 if name.endswith(SMALL) else weight
@@ -96,7 +105,7 @@ def _constant(name: str, last: str, shape: torch.Size, config: ModelConfig) -> T
         return torch.zeros(shape)
     if last == "bias" and not (".aggregation." in name and config.init == "released"):
         return torch.zeros(shape)
-    if ("norm" in name or name.startswith(SEGMENTER)) and len(shape) == 1:
+    if ("norm" in name or name.startswith((SEGMENTER, DETECTOR))) and len(shape) == 1:
         return torch.zeros(shape) if last == "bias" else torch.ones(shape)
     if last in ("attention_scale", "ffn_scale"):
         return torch.full(shape, config.layer_scale)
@@ -158,4 +167,16 @@ def _convolution(name: str, draw: _Draw) -> Tensor:
         return draw.uniform((second * math.prod(kernel)) ** -0.5)
     if name.endswith("classifier.weight"):
         return draw.normal(0.01)
+    return draw.normal(math.sqrt(2 / (first * math.prod(kernel))))
+
+
+def _detector(name: str, draw: _Draw) -> Tensor:
+    """Weight of a linear layer (out, in), convolution or deconvolution of detection."""
+    first, second, *kernel = draw.shape
+    if name.endswith("box_predictor.bbox_pred.weight"):
+        return draw.normal(0.001)
+    if ".rpn." in name or name.endswith("box_predictor.cls_score.weight"):
+        return draw.normal(0.01)
+    if ".pyramid." in name or not kernel:
+        return draw.uniform((second * math.prod(kernel)) ** -0.5)
     return draw.normal(math.sqrt(2 / (first * math.prod(kernel))))

@@ -98,3 +98,64 @@ def test_weights_stay_fp32_whatever_is_computed_in():
 
     module = sharded(lambda: Multiway(MODEL), start(), "bf16", ones)
     assert {value.dtype for value in full_weights(module).values()} == {torch.float32}
+
+
+class Exact(nn.Module):
+    """Computes in fp32; remembers what its weight was."""
+
+    compute_fp32 = True
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.inner = nn.ModuleList([nn.Linear(3, 3)])
+        self.inner[0].compute_fp32 = True
+        self.seen = ()
+
+    def forward(self, x):
+        self.seen = (self.linear.weight.dtype, self.inner[0].weight.dtype, x.dtype)
+        return self.inner[0](self.linear(x.float()))
+
+
+class Mixed(nn.Module):
+    """A body and a head that computes in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), Exact()
+        self.seen = ()
+
+    def forward(self, x):
+        self.seen = (self.body.weight.dtype,)
+        return self.head(self.body(x))
+
+
+def gradients_of_mixed(precision):
+    def value(name, shape):
+        return torch.linspace(-1, 1, shape.numel()).view(shape) / 3
+
+    module = sharded(Mixed, start(), precision, value)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    module(torch.linspace(0, 1, 8).view(2, 4).to(kind)).square().sum().backward()
+    return module, {name: p.grad.full_tensor() for name, p in module.named_parameters()}
+
+
+def test_modules_with_compute_fp32_compute_in_it_and_the_rest_as_told():
+    module, gradients = gradients_of_mixed("bf16")
+    assert module.seen == (torch.bfloat16,)
+    assert module.head.seen == (torch.float32, torch.float32, torch.bfloat16)
+    assert {value.dtype for value in gradients.values()} == {torch.float32}
+
+
+def test_gradients_go_through_a_module_with_compute_fp32_to_the_rest():
+    _, mixed = gradients_of_mixed("bf16")
+    _, exact = gradients_of_mixed("fp32")
+    assert sorted(mixed) == sorted(exact)
+    for name, value in mixed.items():
+        assert value.abs().max() > 0.01, name
+        assert torch.allclose(value, exact[name], atol=0.05), name
+
+
+def test_a_module_with_compute_fp32_alone_can_be_sharded():
+    module = sharded(Exact, start(), "bf16", lambda name, shape: torch.ones(shape))
+    assert module(torch.ones(1, 4)).dtype == torch.float32

@@ -1,0 +1,1 @@
+"""What detection of objects is made of: network, views, masks and measures."""
