@@ -52,7 +52,7 @@ def requirements(recipe: "Recipe", keys: Sequence[str], conditions: Sequence[str
         UserError: a table is of a stage that measures nothing.
     """
     for key in keys:
-        if "require" not in type(recipe.tables[key].plugin).model_fields:
+        if "require" not in getattr(recipe.tables[key].plugin, "__pydantic_fields__", {}):
             raise UserError(
                 f"--require: the stage {recipe.tables[key].stage} measures nothing that a condition could be "
                 "about; use it with finetune or eval"

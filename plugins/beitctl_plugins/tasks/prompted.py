@@ -5,7 +5,7 @@ ImageNet as retrieval of class names: that is the task ``retrieval`` with names 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitctl.api import Example, Examples, Item, Log, Measured, Plugin, Term, Tools
+from beitctl.api import Example, Examples, Item, Log, Measured, Plugin, Task, Term, Tools
 from beitctl.data.batch import Group
 from beitctl.data.loader import Place, batches
 from beitctl.engine.learner import MultiwayLearner
@@ -94,7 +94,8 @@ class ZeroShotClassification(Plugin):
         """(n, V) likeness of pictures to classes, scaled as the model learnt it."""
         if learner not in _vectors:
             _vectors[learner] = self._class_vectors(learner, tools)
-        (batch,) = batches({"task": (self, [i for _, i in chunk])}, tools.model, len(chunk), Place())
+        items = (cast("Task", self), [item for _, item in chunk])
+        (batch,) = batches({"task": items}, tools.model, len(chunk), Place())
         pictures = learner.outputs(batch.to(learner.model.device))["task"]
         scale = learner.heads[HEAD].logit_scale.float().exp()  # type: ignore[operator]
         found: Tensor = scale * pictures @ _vectors[learner].T
