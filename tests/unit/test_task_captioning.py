@@ -16,12 +16,21 @@ from beitctl.config import OptimConfig
 from beitctl.data.batch import collate
 from beitctl.data.loader import portion_of
 from beitctl.engine.learner import MultiwayLearner, Objective
-from beitctl.errors import DataError, SetupError, UserError
+from beitctl.errors import ChangedError, DataError, UserError
 from beitctl.model.multiway import Multiway
 from beitctl_plugins.stages.eval import Eval
 from beitctl_plugins.stages.finetune import Finetune
-from beitctl_plugins.tasks import captioning
-from beitctl_plugins.tasks.captioning import CIDER, Captioning, hidden, image_id, random_ids, smoothed
+from beitctl_plugins.tasks.captioning import (
+    CIDER,
+    Captioning,
+    hidden,
+    image_id,
+    image_ids,
+    most_frequent,
+    random_ids,
+    smoothed,
+    spread,
+)
 
 IDS = np.array([0, 10, 11, 12, 13, 14, 15, 16, 17, 2])
 
@@ -99,8 +108,8 @@ def test_text_sees_its_picture_and_earlier_words_alone():
 
 def test_late_steps_learn_from_the_tokens_with_the_smallest_losses():
     task = Captioning(drop_worst_after=5, drop_worst=0.5)
-    learner, early = learner_and_batch(task, 4)
-    _, late = learner_and_batch(task, 5)
+    learner, early = learner_and_batch(task, 5)
+    _, late = learner_and_batch(task, 6)
     group = early.groups["task"]
     losses = smoothed(learner.outputs(early)["task"], group.text_targets, 0.1).detach()
     count = len(losses)
@@ -126,6 +135,19 @@ def test_training_needs_a_caption_and_evaluation_none():
     with pytest.raises(DataError, match="x: no caption"):
         Captioning().prepare(example, rng(), tools())
     assert Captioning().prepare(example, rng(), tools(train=False)).image is not None
+
+
+@pytest.mark.parametrize("wrong", [52, -1])
+def test_an_id_that_the_model_has_not_is_refused(wrong):
+    example = Example("x", png(), caption_ids=(np.array([7, wrong]),))
+    with pytest.raises(DataError, match=f"x: id {wrong} is none of the model's 52"):
+        Captioning().prepare(example, rng(), tools())
+
+
+def test_a_length_without_room_for_a_word_is_refused():
+    assert Captioning(text_tokens=4).heads(tools())
+    with pytest.raises(UserError, match="no room for a word in 3 tokens"):
+        Captioning(text_tokens=3).heads(tools())
 
 
 def test_relative_positions_are_refused():
@@ -198,6 +220,105 @@ def test_an_empty_caption_is_scored(tmp_path):
     assert found.rows[0]["caption"] == ""
 
 
+def scored(captions, examples, train=CAPTIONED):
+    return Captioning().score([captions], examples, tools(), train.open())
+
+
+def with_captions(id, *captions):
+    return Example(id, png(), captions)
+
+
+def test_one_example_is_scored_and_drawn():
+    found, log = scored(["a red square"], CAPTIONED.examples[:1]), Record()
+    assert found.metrics["rouge_l"] == pytest.approx(1)
+    Captioning().draw([["a red square"]], CAPTIONED.examples[:1], tools(), log)
+    assert [values[0] for values in log.said["figure"]] == ["captions"]
+
+
+def test_captions_without_references_are_drawn():
+    log = Record()
+    Captioning().draw([["a", ""]], [with_captions("1"), with_captions("2")], tools(), log)
+    assert len(log.said["figure"]) == 1
+
+
+def test_examples_without_captions_change_no_score_of_others():
+    bare = with_captions("bare")
+    alone, both = (
+        scored(["a red square", "blue", *more], [*CAPTIONED.examples[:2], *rest]).metrics
+        for more, rest in (([], []), (["x"], [bare]))
+    )
+    assert {k: both[k] for k in (CIDER, "bleu4", "bleu1", "rouge_l")} == {
+        k: alone[k] for k in (CIDER, "bleu4", "bleu1", "rouge_l")
+    }
+    assert (both["examples"], both["without_references"], both["references"]) == (3, 1, 2)
+
+
+def test_blank_captions_are_no_references():
+    metrics = scored(["a", "b"], [with_captions("1", "", " "), with_captions("2", "a b", "")]).metrics
+    assert (metrics["without_references"], metrics["references"]) == (1, 1)
+
+
+def test_the_score_of_all_is_the_mean_of_each():
+    found = scored(["a red square", "x", ""], CAPTIONED.examples)
+    assert float(np.mean(found.each[CIDER])) == pytest.approx(found.metrics[CIDER])
+    assert found.metrics["distinct"] == 1
+
+
+def test_the_baseline_is_the_most_frequent_caption_of_training():
+    train = Given(
+        examples=(with_captions("1", "x", "a b"), with_captions("2", "a b"), with_captions("3", " "))
+    )
+    assert most_frequent(train.open(), tools()) == "a b"
+    right = scored(
+        ["a red square"] * 3, CAPTIONED.examples, Given(examples=(with_captions("1", "a red square"),))
+    )
+    assert right.metrics["baseline_cider_d"] == pytest.approx(right.metrics[CIDER])
+    assert right.metrics[CIDER] > 0
+
+
+def test_the_baseline_of_captions_as_ids_is_in_words():
+    ids = tuple(np.array(one) for one in ([7, 8], [9], [7, 8]))
+    assert most_frequent(Given(examples=(Example("x", png(), caption_ids=ids),)).open(), tools()) == "7 8"
+
+
+def test_without_training_captions_there_is_no_baseline():
+    assert (
+        "baseline_cider_d"
+        not in scored(["x"] * 3, CAPTIONED.examples, Given(examples=(with_captions("1"),))).metrics
+    )
+
+
+class Broken:
+    fingerprint = "broken"
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+def test_changed_training_data_end_the_measurement_and_unreadable_ones_do_not():
+    assert most_frequent(Broken(DataError("bad")), tools()) is None
+    with pytest.raises(ChangedError, match="changed"):
+        most_frequent(Broken(ChangedError("changed")), tools())
+
+
+@pytest.mark.parametrize(("count", "places"), [(0, []), (1, [0]), (3, [0, 1, 2]), (9, [0, 3, 5, 8])])
+def test_places_are_spread_evenly(count, places):
+    assert spread(count, 4) == places
+
+
+def test_pictures_that_would_have_one_number_keep_their_ids():
+    assert image_ids(["9.jpg", "10.jpg"]) == [9, 10]
+    assert image_ids(["9.jpg", "9.png"]) == ["9.jpg", "9.png"]
+    found = scored(["a", "b"], [with_captions("9.jpg"), with_captions("9.png")])
+    assert [row["image_id"] for row in found.files["captions.json"]] == ["9.jpg", "9.png"]
+
+
 @pytest.mark.parametrize(
     ("id", "number"),
     [
@@ -205,13 +326,9 @@ def test_an_empty_caption_is_scored(tmp_path):
         ("000000000009.jpg", 9),
         ("17", 17),
         ("pictures/9.jpg", "pictures/9.jpg"),
+        ("val2014/COCO_val2014_000000000042.jpg", 42),
+        ("\u0663", "\u0663"),
     ],
 )
 def test_a_picture_of_coco_has_its_number(id, number):
     assert image_id(id) == number
-
-
-def test_without_java_the_official_scores_are_refused(monkeypatch):
-    monkeypatch.setattr(captioning.shutil, "which", lambda name: None)
-    with pytest.raises(SetupError, match="needs pycocoevalcap and Java"):
-        captioning.official(["a"], [["a"]])

@@ -1,8 +1,6 @@
 """Captioning: words for a picture by a model that predicts masked words (COCO, nocaps)."""
 
-import importlib.util
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -17,13 +15,14 @@ from beitctl.api import CropScale, Example, Examples, Item, Log, Measured, Plugi
 from beitctl.data.batch import Group
 from beitctl.data.labels import words
 from beitctl.engine.learner import PIXELS, MultiwayLearner, normalise
-from beitctl.errors import DataError, SetupError, UserError
+from beitctl.errors import ChangedError, DataError, UserError
 from beitctl.model import decoding
 from beitctl.model.multiway import Encoded
 from beitctl.report import figures
 from beitctl_plugins.tasks.asking import need_language, picture_of
 from beitctl_plugins.tasks.augmenting import Augment
 from beitctl_plugins.tasks.measures import captions as measures
+from beitctl_plugins.tasks.measures import official
 from beitctl_plugins.tasks.measures.tokens import tokens
 from beitctl_plugins.tasks.preparing import caption_of, framed, loaded, longest, view_of
 
@@ -31,6 +30,11 @@ HEAD = "captions"
 CIDER = "cider_d (python tokenizer)"
 RESULTS = "captions.json"
 SHOWN = 8
+MOST_DRAWN, MOST_COUNTED = 1_000, 20_000
+"""Examples among which those to draw are chosen, and among which the most frequent caption is."""
+SHORTEST = 4
+"""Tokens of the shortest captions: the released search keeps three for start, end and a mask."""
+IMAGE_ID = re.compile(r"(?:.*/)?COCO_\w+_([0-9]{1,18})(?:\.\w+)?|([0-9]{1,18})(?:\.\w+)?")
 RANDOM, KEPT = 0.1, 0.1
 """Shares of the hidden tokens that show another token, and that show themselves."""
 
@@ -55,7 +59,7 @@ class Captioning(Plugin):
     drop_worst: float = Field(default=0.2, ge=0, lt=1)
     """Share of the hidden tokens of a pass, those with the largest losses, that late steps leave out."""
     drop_worst_after: int = Field(default=12_000, ge=0)
-    """Step from which on that is so."""
+    """Last step, counted from 0, that still learns from all of them."""
     beam_size: int = Field(default=3, ge=1)
     """Captions that the search follows at a time."""
     length_penalty: float = Field(default=0.6, ge=0)
@@ -67,7 +71,8 @@ class Captioning(Plugin):
     augment: Augment = ""
     """RandAugment behind the crop: "beit3" for the published runs."""
     official: bool = False
-    """Whether pycocoevalcap measures as well, which needs Java."""
+    """Whether pycocoevalcap measures as well, which needs Java. Its SPICE fetches models at its first
+    use; where it fails ``official_without_SPICE`` is 1."""
 
     @classmethod
     def smoke(cls, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +89,13 @@ class Captioning(Plugin):
 
     def heads(self, tools: Tools) -> dict[str, nn.Module]:
         need_language("captioning", tools)
+        if (most := longest(self.text_tokens, tools)) < SHORTEST:
+            raise UserError(
+                f"captioning has no room for a word in {most} tokens: start, end and a mask take three; "
+                "raise text_tokens"
+            )
+        if self.official:
+            official.need()
         if tools.model.position != "absolute":
             raise UserError(
                 f'captioning needs position = "absolute", as BEiT-3 has, not "{tools.model.position}"'
@@ -110,6 +122,8 @@ class Captioning(Plugin):
             ids: Sequence[int] = [int(number) for number in chosen]
         else:
             ids = tokenizer.encode(caption_of(example, draw, tools))
+        if wrong := [number for number in ids if not 0 <= number < tools.model.vocabulary]:
+            raise DataError(f"{example.id}: id {wrong[0]} is none of the model's {tools.model.vocabulary}")
         if not ids:
             raise DataError(f"{example.id}: the caption has no token")
         return framed(ids[:room], tokenizer)
@@ -120,7 +134,7 @@ class Captioning(Plugin):
         hits = (logits.detach().argmax(-1) == group.text_targets).sum()
         count = len(losses)
         kept = int(count * (1 - self.drop_worst))
-        if group.step < self.drop_worst_after or kept in (0, count):
+        if group.step <= self.drop_worst_after or kept in (0, count):
             return {"": (losses.sum(), hits)}
         best = losses.topk(kept, largest=False).values
         return {"": (best.sum() * (count / kept), hits)}  # the loop divides by all: the mean is of those kept
@@ -147,77 +161,81 @@ class Captioning(Plugin):
     def score(
         self, outputs: Sequence[list[str]], examples: Sequence[Example], tools: Tools, train: Examples
     ) -> Measured:
-        """CIDEr-D, BLEU and ROUGE-L of the examples that have captions, and those of one caption for all."""
+        """CIDEr-D, BLEU and ROUGE-L where people gave captions, and CIDEr-D of one caption for all."""
         said = [caption for batch in outputs for caption in batch]
-        rows, results, references = [], [], []
-        for example, caption in zip(examples, said, strict=True):
-            true = references_of(example, tools)
-            rows.append({"id": example.id, "caption": caption, "references": true})
-            results.append({"image_id": image_id(example.id), "caption": caption})
-            references.append(true)
-        known = [place for place, true in enumerate(references) if true]
-        metrics: dict[str, float] = {}
-        each: dict[str, Any] = {}
-        if known:
-            truth = [[tokens(text) for text in references[place]] for place in known]
-            values = measures.cider_d([tokens(said[place]) for place in known], truth)
-            metrics, each = (
-                self._metrics(values, [said[place] for place in known], truth, train),
-                {CIDER: values},
-            )
-            if self.official:
-                metrics |= official([said[p] for p in known], [references[p] for p in known])
+        people = [(example.id, references_of(example, tools)) for example in examples]
+        rows = [
+            {"id": id, "caption": caption, "references": true}
+            for (id, true), caption in zip(people, said, strict=True)
+        ]
+        numbers = image_ids([id for id, _ in people])
+        results = [{"image_id": n, "caption": caption} for n, caption in zip(numbers, said, strict=True)]
+        known = [row for row in rows if row["references"]]
+        metrics, each = self._metrics(known, most_frequent(train, tools)) if known else ({}, {})
         counts = {
             "distinct": len(set(said)) / len(said),
             "examples": float(len(said)),
-            "references": float(sum(map(len, references))),
+            "references": float(sum(len(true) for _, true in people)),
             "without_references": float(len(said) - len(known)),
         }
         return Measured({**metrics, **counts}, each, rows, {RESULTS: results})
 
-    @staticmethod
     def _metrics(
-        cider: NDArray[np.float64], said: Sequence[str], truth: list[list[list[str]]], train: Examples
-    ) -> dict[str, float]:
-        mine = [tokens(caption) for caption in said]
-        bleu = measures.bleu(mine, truth)
-        usual = tokens(most_frequent(train))
-        return {
+        self, known: Sequence[Mapping[str, Any]], usual: str | None
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Metrics of rows with references, and the values of those that need intervals."""
+        mine = [tokens(row["caption"]) for row in known]
+        truth = [[tokens(text) for text in row["references"]] for row in known]
+        cider, bleu = measures.cider_d(mine, truth), measures.bleu(mine, truth)
+        metrics = {
             CIDER: float(cider.mean()),
             "bleu4": bleu[3],
             "bleu1": bleu[0],
             "rouge_l": float(measures.rouge_l(mine, truth).mean()),
-            "baseline_cider_d": float(measures.cider_d([usual] * len(mine), truth).mean()),
         }
+        if usual is not None:
+            same = measures.cider_d([tokens(usual)] * len(mine), truth)
+            metrics["baseline_cider_d"] = float(same.mean())
+        if self.official:
+            found = official.scores([row["caption"] for row in known], [row["references"] for row in known])
+            metrics |= {f"official_{name}": value for name, value in found.items()}
+        return metrics, {CIDER: cider}
 
     def draw(self, outputs: Sequence[list[str]], examples: Sequence[Example], tools: Tools, log: Log) -> None:
-        """Pictures with the captions that fit people's best and worst, and those of people."""
+        """Pictures with the captions closest to people's and furthest from them, and those of people."""
         said = [caption for batch in outputs for caption in batch]
-        known = [n for n, example in enumerate(examples) if references_of(example, tools)][:1000]
-        if not known:
-            return
-        truth = [references_of(examples[n], tools) for n in known]
-        values = measures.cider_d(
-            [tokens(said[n]) for n in known], [[tokens(text) for text in texts] for texts in truth]
-        )
-        order = [int(place) for place in np.argsort(-values, kind="stable")]
+        some = spread(len(said), MOST_DRAWN)
+        people = {place: references_of(examples[place], tools) for place in some}
+        known = [place for place in some if people[place]]
+        shown = {"no captions to compare with": some[:SHOWN]}
+        if known:
+            truth = [[tokens(text) for text in people[place]] for place in known]
+            values = measures.cider_d([tokens(said[place]) for place in known], truth)
+            order = [known[number] for number in np.argsort(-values, kind="stable")]
+            half = (len(order) + 1) // 2
+            shown = {
+                "closest to people's": order[:half][:SHOWN], "furthest from them": order[half:][::-1][:SHOWN]
+            }  # fmt: skip
         rows = []
-        for title, chosen in (
-            ("closest to people's", order[:SHOWN]),
-            ("furthest from them", order[::-1][:SHOWN]),
-        ):
+        for title, places in shown.items():
             tiles = []
-            for place in chosen:
-                example, caption = examples[known[place]], said[known[place]] or "(nothing)"
-                text = f"{caption} (people: {truth[place][0]})"
+            for place in places:
+                example, caption = examples[place], said[place] or "(nothing)"
+                text = f"{caption} (people: {people[place][0]})" if people[place] else caption
                 tiles.append(figures.Tile(picture_of(example.image, example.id, tools), text))
-            rows.append(figures.Row(tiles, title))
+            rows += [figures.Row(tiles, title)] if tiles else []
         log.figure(
             "captions",
             figures.gallery(rows, tile_px=120),
             "Captions",
-            "What the model says of held-out pictures, and in brackets the first caption of people.",
+            "What the model says of held-out pictures, and in brackets the first caption of people. Chosen "
+            "by CIDEr-D among up to 1,000 examples, evenly spread.",
         )
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``count`` places, evenly spread, in order."""
+    return [int(n) for n in np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))]
 
 
 def hidden(
@@ -263,52 +281,40 @@ def smoothed(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 
 def references_of(example: Example, tools: Tools) -> list[str]:
-    """Captions of people, in words."""
-    if example.captions or not example.caption_ids or tools.tokenizer is None:
-        return list(example.captions)
-    return [tools.tokenizer.decode([int(number) for number in ids]) for ids in example.caption_ids]
+    """Captions of people in words, without blank ones."""
+    found = list(example.captions)
+    if not found and tools.tokenizer is not None:
+        found = [tools.tokenizer.decode([int(number) for number in ids]) for ids in example.caption_ids]
+    return [text for text in found if text.strip()]
 
 
-def most_frequent(train: Examples, most: int = 20_000) -> str:
-    """The most frequent caption of the first training examples, the first of equals."""
+def most_frequent(train: Examples, tools: Tools) -> str | None:
+    """The most frequent caption in training, the first of equals; None if there is none.
+
+    Of more than 20,000 examples so many are looked at, evenly spread.
+
+    Raises:
+        ChangedError: the data are not any more what was opened.
+    """
     found: Counter[str] = Counter()
-    for index in range(min(len(train), most)):
+    for index in spread(len(train), MOST_COUNTED):
         try:
-            found.update(words(train, index))
+            texts = words(train, index) or references_of(train[index], tools)
+        except ChangedError:
+            raise
         except DataError:
             continue
-    return found.most_common(1)[0][0] if found else ""
+        found.update(text for text in texts if text.strip())
+    return found.most_common(1)[0][0] if found else None
 
 
 def image_id(id: str) -> int | str:
     """The number of a picture of COCO by its file name, or any other id as it is."""
-    match = re.fullmatch(r"(?:COCO_\w+_)?(\d+)(?:\.\w+)?", id)
-    return int(match[1]) if match else id
+    match = IMAGE_ID.fullmatch(id)
+    return int(match[1] or match[2]) if match else id
 
 
-def official(said: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """What pycocoevalcap measures, under ``official_`` and its names.
-
-    Raises:
-        SetupError: it or Java is missing.
-    """
-    if importlib.util.find_spec("pycocoevalcap") is None or shutil.which("java") is None:
-        raise SetupError(
-            "official = true needs pycocoevalcap and Java: pip install pycocoevalcap, and a Java runtime "
-            "(Debian: default-jre-headless)"
-        )
-    from pycocoevalcap.bleu.bleu import Bleu  # noqa: PLC0415 - only where it is installed
-    from pycocoevalcap.cider.cider import Cider  # noqa: PLC0415
-    from pycocoevalcap.meteor.meteor import Meteor  # noqa: PLC0415
-    from pycocoevalcap.rouge.rouge import Rouge  # noqa: PLC0415
-    from pycocoevalcap.spice.spice import Spice  # noqa: PLC0415
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # noqa: PLC0415
-
-    tokenizer = PTBTokenizer()
-    truth = tokenizer.tokenize({n: [{"caption": t} for t in texts] for n, texts in enumerate(references)})
-    mine = tokenizer.tokenize({n: [{"caption": caption}] for n, caption in enumerate(said)})
-    found: dict[str, float] = {}
-    for name, scorer in (("METEOR", Meteor()), ("ROUGE_L", Rouge()), ("CIDEr", Cider()), ("SPICE", Spice())):
-        found[f"official_{name}"] = float(scorer.compute_score(truth, mine)[0])
-    bleu = Bleu(4).compute_score(truth, mine)[0]
-    return found | {f"official_Bleu_{n}": float(value) for n, value in enumerate(bleu, 1)}
+def image_ids(ids: Sequence[str]) -> list[int | str]:
+    """What the evaluation server calls each picture; their ids where two would be called the same."""
+    found = [image_id(id) for id in ids]
+    return found if len(set(found)) == len(set(ids)) else list(ids)
