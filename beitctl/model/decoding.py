@@ -1,18 +1,22 @@
 """Captions by beam search with a key-value cache, as BEiT-3's released decoder finds them.
 
-A model that was fine-tuned on masked words says the next word at a mask token: every step reads the last word
-and a mask behind it. Words stay in the cache, the mask does not. Source: BEiT-3's released captioning code.
+A model that was fine-tuned on masked words says the next word at a mask token: every step reads the last
+word and a mask behind it. Words stay in the cache, the mask does not. A picture sees no text, so it is read
+once for all its beams. Source: BEiT-3's released captioning code, unilm 768a3c8.
 
 Letters: B pictures, K beams, P tokens of a picture, t cached words, H heads, d width, V ids.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from beitctl.model.attention import attend
 from beitctl.model.multiway import Attention, Block, Multiway
+from beitctl.model.plan import plan_of
 
 CANDIDATES = 3
 """Best continuations that are looked at, for each beam."""
@@ -28,16 +32,24 @@ class Search:
     end_id: int
     mask_id: int
     max_tokens: int
-    """Longest caption with its start, and with one token more for its end."""
+    """Longest caption with start and end and, as the released code counts, the mask before its
+    end: three more than it has words."""
     beam_size: int = 3
     length_penalty: float = 0.6
     """A caption's log-likelihood is divided by its length to this power."""
+    pad_id: int | None = None
+    """Left out of captions like the other special ids, should the model say it."""
 
     def __post_init__(self) -> None:
         if self.beam_size < 1 or self.max_tokens < 3:
             raise ValueError(
                 f"beam_size ({self.beam_size}) must be at least 1, max_tokens ({self.max_tokens}) at least 3"
             )
+
+    def plain(self, words: list[int]) -> list[int]:
+        """Words without the special ids among them, which the released code drops when it makes them text."""
+        special = (self.start_id, self.end_id, self.mask_id, self.pad_id)
+        return [word for word in words if word not in special]
 
 
 @dataclass
@@ -50,13 +62,13 @@ class _Sentence:
 
     def offer(self, words: list[int], total: float, search: Search) -> None:
         """Take a caption that ended, with the sum of its words' log-likelihoods, if it is the best."""
-        score = total / (len(words) + 2) ** search.length_penalty  # its start and the mask count
+        score = total / float((len(words) + 2) ** search.length_penalty)  # its start and the mask count
         if score > self.score:
             self.words, self.score = words, score
 
     def settled(self, best: float, search: Search) -> bool:
         """Whether no running caption can become better; ``best`` is the largest sum among them."""
-        return self.score >= best / (search.max_tokens - 1) ** search.length_penalty
+        return self.score >= best / float((search.max_tokens - 1) ** search.length_penalty)
 
 
 @torch.no_grad()
@@ -72,14 +84,17 @@ def captions(
         search: special ids, lengths, beams.
 
     Returns:
-        For every picture the ids of its words, without special ones, and its score.
+        For every picture the ids of its words, without special ones, and its score: the sum of the
+        log-likelihoods of its words and of what ends it, divided by a power of its length.
 
     Raises:
-        ValueError: the model reads no text, texts as long, or has relative positions, which no released
-            captioning model has.
+        ValueError: the model reads no text, no texts as long, has relative positions, which no released
+            captioning model has, or gives NaN; ``pixels`` are no such pictures.
     """
-    _check(model, search)
+    _check(model, pixels, search)
     beams, count = search.beam_size, len(pixels)
+    if not count:
+        return []
     cache = _Cache(model, pixels, beams)
     found = [_Sentence() for _ in range(count)]
     running: list[list[int]] = [[] for _ in range(count * beams)]
@@ -89,8 +104,12 @@ def captions(
     for length in range(2, search.max_tokens):
         logits = head(cache.step(last, search.mask_id, length - 2)).float()
         sums = totals[:, :, None] + logits.log_softmax(-1).view(count, beams, -1)
-        best, place = sums.flatten(1).topk(min(CANDIDATES * beams, sums[0].numel()))
-        chosen = _advance(found, running, best.tolist(), place.tolist(), sums.shape[-1], length, search)
+        best, place = (
+            part.tolist() for part in sums.flatten(1).topk(min(CANDIDATES * beams, sums[0].numel()))
+        )
+        if any(math.isnan(row[0]) for row in best):  # NaN is the largest to topk
+            raise ValueError(f"the model gives NaN for word {length - 1} of a caption")
+        chosen = _advance(found, running, best, place, sums.shape[-1], length, search)
         if all(sentence.done for sentence in found):
             break
         origin, words, scores = (list(part) for part in zip(*chosen, strict=True))
@@ -98,7 +117,7 @@ def captions(
         cache.reorder(torch.tensor(origin, device=pixels.device))
         last = torch.tensor(words, device=pixels.device)
         totals = torch.tensor(scores, device=pixels.device).view(count, beams)
-    return [(sentence.words, sentence.score) for sentence in found]
+    return [(search.plain(sentence.words), sentence.score) for sentence in found]
 
 
 def _advance(
@@ -119,7 +138,8 @@ def _advance(
     chosen: list[tuple[int, int, float]] = []
     full = length + 1 == search.max_tokens
     for number, sentence in enumerate(found):
-        first, own = number * search.beam_size, []
+        first = number * search.beam_size
+        own: list[tuple[int, int, float]] = []
         sentence.done = sentence.done or sentence.settled(best[number][0], search)
         for total, at in zip(best[number], place[number], strict=True):
             if sentence.done or len(own) == search.beam_size:
@@ -134,7 +154,7 @@ def _advance(
     return chosen
 
 
-def _check(model: Multiway, search: Search) -> None:
+def _check(model: Multiway, pixels: Tensor, search: Search) -> None:
     config = model.config
     if not config.vocabulary:
         raise ValueError("captions need a language branch: this model's vocabulary is 0")
@@ -144,29 +164,38 @@ def _check(model: Multiway, search: Search) -> None:
         raise ValueError(
             f"max_tokens ({search.max_tokens}) exceeds the model's {config.text_tokens} text tokens"
         )
+    outside = [n for n in (search.start_id, search.mask_id) if not 0 <= n < config.vocabulary]
+    if outside:
+        raise ValueError(f"id {outside[0]} is not in 0..{config.vocabulary - 1}, the model's vocabulary")
+    if pixels.ndim != 4 or not pixels.is_floating_point():
+        raise ValueError(
+            f"pixels are {tuple(pixels.shape)} {pixels.dtype}; they must be (B, C, H, W) normalised floats"
+        )
 
 
 class _Cache:
     """Keys and values of pictures, once for all their beams, and of the words of every beam."""
 
     def __init__(self, model: Multiway, pixels: Tensor, beams: int) -> None:
-        self.model, self.beams = model, beams
+        self.model, self.beams, self.size = model, beams, model.config.width // model.config.heads
         self.blocks = [cast("Block", block) for block in model.blocks]
         self.pictures: list[tuple[Tensor, Tensor]] = []
-        """Of every block: keys and values (B, 1, H, P, d/H)."""
+        """Of every block: keys and values (B, H, P, d/H)."""
         self.words: list[tuple[Tensor, Tensor]] = []
         """Of every block: keys and values (B, K, H, t, d/H)."""
         x = model.vision_embed(pixels, None)
         if model.token_type is not None:
-            x = x + model.token_type.weight[1].to(x.dtype)
+            x = x + model.token_type.weight[1]
+        self.dtype = x.dtype
+        count, tokens, _ = x.shape
+        layout = model.layout(plan_of(tokens, count, [], []))
+        x = x.flatten(0, 1)
         for block in self.blocks:
-            q, k, v = self._project(block, "vision", x)
-            weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
-            x = self._through(block, "vision", x, weights @ v)
-            self.pictures.append((k[:, None], v[:, None]))
-        empty = self.pictures[0][0].new_zeros
-        for k, _ in self.pictures:
-            nothing = empty(len(k), beams, k.shape[2], 0, k.shape[4])
+            qkv = self._project(block, "vision", x)
+            x = self._through(block, "vision", x, attend(qkv, layout, block.heads))
+            _, k, v = qkv.view(count, tokens, 3, block.heads, -1).permute(2, 0, 3, 1, 4)
+            self.pictures.append((k.contiguous(), v.contiguous()))
+            nothing = k.new_zeros(count, beams, block.heads, 0, k.shape[-1])
             self.words.append((nothing, nothing))
 
     def step(self, word: Tensor, mask_id: int, position: int) -> Tensor:
@@ -177,14 +206,14 @@ class _Cache:
         at = torch.arange(position, position + 2, device=word.device).expand_as(ids)
         x = model.text_embed(ids.flatten(), at.flatten())
         if model.token_type is not None:
-            x = x + model.token_type.weight[0].to(x.dtype)
-        count = len(word) // self.beams
-        x = x.view(len(word), 2, -1)
+            x = x + model.token_type.weight[0]
+        x = x.to(self.dtype)
         for number, block in enumerate(self.blocks):
-            parts = [part.unflatten(0, (count, self.beams)) for part in self._project(block, "language", x)]
-            context = self._attended(number, parts[0], parts[1], parts[2])
-            x = self._through(block, "language", x, context.flatten(0, 1))
-        rows = x[:, 1]
+            qkv = self._project(block, "language", x).view(-1, self.beams, 2, 3, block.heads, self.size)
+            q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)
+            context = self._attended(number, q, k, v).transpose(2, 3).reshape(x.shape)
+            x = self._through(block, "language", x, context)
+        rows: Tensor = x[1::2]
         if not model.config.final_norm:
             return rows
         normed: Tensor = model.norm["shared" if "shared" in model.norm else "language"](rows)
@@ -195,12 +224,14 @@ class _Cache:
         known = [torch.cat([old, new], dim=3) for old, new in zip(self.words[number], (k, v), strict=True)]
         self.words[number] = (known[0][:, :, :, :-1], known[1][:, :, :, :-1])
         seen_k, seen_v = self.pictures[number]
-        q = q * q.shape[-1] ** -0.5
+        q = q * self.size**-0.5
         to_words = q @ known[0].transpose(-1, -2)
         to_words[:, :, :, 0, -1] = float("-inf")  # the word does not see the mask behind it
-        logits = torch.cat([q @ seen_k.transpose(-1, -2), to_words], dim=-1)
-        to_picture, to_words = logits.softmax(-1).split([seen_k.shape[3], known[0].shape[3]], dim=-1)
-        return to_picture @ seen_v + to_words @ known[1]
+        logits = torch.cat([torch.einsum("bkhqd,bhpd->bkhqp", q, seen_k), to_words], dim=-1)
+        weights, tokens = logits.softmax(-1), seen_k.shape[2]
+        of_picture = torch.einsum("bkhqp,bhpd->bkhqd", weights[..., :tokens], seen_v)
+        context: Tensor = of_picture + weights[..., tokens:] @ known[1]
+        return context
 
     def reorder(self, origin: Tensor) -> None:
         """Let every beam go on from another; ``origin`` (B K,) numbers beams over all pictures."""
@@ -216,17 +247,14 @@ class _Cache:
     def _part(block: Block, modality: str) -> Attention:
         return cast("Attention", block.attention["shared" if "shared" in block.attention else modality])
 
-    def _project(self, block: Block, modality: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (n, H, S, d/H) of tokens (n, S, d)."""
+    def _project(self, block: Block, modality: str, x: Tensor) -> Tensor:
+        """Queries, keys and values (rows, 3d) of rows (rows, d)."""
         branch = self._part(block, modality)
-        qkv = branch.project(branch.norm(x)).unflatten(-1, (3, block.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        return branch.project(branch.norm(x))
 
     def _through(self, block: Block, modality: str, x: Tensor, context: Tensor) -> Tensor:
-        """Tokens (n, S, d) behind a block, given the contexts (n, H, S, d/H) of its attention."""
-        merged = self._part(block, modality).merge(context.transpose(1, 2).flatten(2))
-        x = x + _scaled(merged, block.attention_scale)
+        """Rows (rows, d) behind a block, given the contexts (rows, d) of its attention."""
+        x = x + _scaled(self._part(block, modality).merge(context), block.attention_scale)
         out = block.ffn["fusion" if "fusion" in block.ffn else modality](x)
         return x + _scaled(out, block.ffn_scale)
 
