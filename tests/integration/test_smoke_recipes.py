@@ -1,4 +1,4 @@
-"""``beitctl pretrain --smoke``: every shipped recipe that pretrains does so for a few steps."""
+"""``--smoke``: every shipped recipe that pretrains does so for a few steps, and so does one of every task."""
 
 import json
 import math
@@ -17,6 +17,18 @@ FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 NAMES = [file.stem for file in FILES if "pretrain" in tomllib.loads(file.read_text(encoding="utf-8"))]
 FIRST = "beit3-base"
 STEPS = 6
+TUNED = {
+    "classification": ("beitv2-base-imagenet", "accuracy"),
+    "linear-probe": ("beit-base-linear", "accuracy"),
+    "segmentation": ("beit-base-ade20k", "miou"),
+    "detection": ("beit3-base-coco-detection", "box_map"),
+    "retrieval": ("vlmo-base-coco-retrieval", "recall@1"),
+    "vqa": ("beit3-base-vqav2", "vqa_score"),
+    "nlvr2": ("vlmo-base-nlvr2", "accuracy"),
+    "captioning": ("beit3-base-captioning", "cider_d (python tokenizer)"),
+}
+"""By task a recipe that fine-tunes to it, and the first of its metrics."""
+PARENTS = ("train-tokenizer.text", "train-tokenizer.image", "tokenize-images", "pretrain")
 
 
 def manifests(folder):
@@ -91,12 +103,42 @@ def test_a_shipped_recipe_pretrains_a_few_steps_with_finite_losses(first, alone,
         assert all(step and all(map(math.isfinite, step)) for step in steps), steps
 
 
+@pytest.fixture(scope="module")
+def pretrained(first, tmp_path_factory):
+    """The runs that fine-tuning at toy size begins with, those of the recipe tiny."""
+    root = tmp_path_factory.mktemp("pretrained")
+    for parent in PARENTS[:3]:
+        shutil.copytree(first / parent, root / "runs" / "tiny" / parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.delenv("BEITCTL_RUNS", raising=False)
+        assert cli.execute(["pretrain", "--recipe", str(recipe.bundled("tiny"))]) == 0
+    return root / "runs" / "tiny"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(TUNED))
+def test_a_shipped_recipe_of_every_task_is_tuned_and_measured(pretrained, alone, capsys, task):
+    name, headline = TUNED[task]
+    folder = Path("runs", f"{name}-smoke")
+    for parent in PARENTS:
+        shutil.copytree(pretrained / parent, folder / parent)
+    assert cli.execute(["finetune", "--recipe", name, "--smoke"]) == 0, capsys.readouterr().err
+    found = manifests(folder)
+    assert {manifest["status"] for manifest in found.values()} == {"ok"}
+    metrics = found["finetune"]["metrics"]
+    numbers = [value for value in metrics.values() if isinstance(value, float)]
+    assert all(map(math.isfinite, numbers))
+    assert 0 <= metrics[headline] <= 10  # CIDEr-D ends at 10, the others at 1
+    assert metrics["examples"] + metrics["left_out"] == 32
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
             ("tokenize-images", "--recipe", FIRST),
-            "--smoke: the stage tokenize-images has no toy size; stages that have one: pretrain",
+            "--smoke: the stage tokenize-images has no toy size; stages that have one: finetune, pretrain",
         ),
         (("pretrain", "--recipe", "beit3-bas"), "no recipe 'beit3-bas', did you mean 'beit3-base'?"),
         (
