@@ -174,6 +174,7 @@ def batch_of(mix: Mix, config: ModelConfig, *, codes: int = CODES, multiple: int
         found: dict[str, Any] = dict.fromkeys(
             ("image", "image_mask", "patch_targets", "text", "text_targets", "code_view")
         )
+        found["extra"] = {}
         if picture:
             hidden = _hidden(config.patches, IMAGE_SHARE, rng)
             found["image"] = rng.integers(0, 256, (config.channels, *config.size), dtype=np.uint8)

@@ -83,6 +83,7 @@ def item(layout: str, number: int, config: ModelConfig) -> Any:
         label=-1,
         chance=(),
         code_view=None,
+        extra={},
     )
 
 

@@ -37,10 +37,7 @@ def test_a_plugin_passes_as_it_is():
 def test_a_table_without_a_kind_is_told_the_kinds_there_are(table):
     (problem,) = refused(task=table)
     assert problem[0] == ("task",)
-    assert (
-        "expected a table with kind = one of classification, contrast-and-match, masked-image, masked-pair"
-        in problem[1]
-    )
+    assert "expected a table with kind = one of attentive-probe, captioning, classification" in problem[1]
     assert problem[1].endswith("which names the task")
 
 
@@ -52,7 +49,7 @@ def test_an_unknown_kind_gets_the_closest_match():
 def test_a_kind_like_no_other_gets_the_list():
     ((_, message),) = refused(task={"kind": "zzz"})
     assert message.startswith(
-        "no 'zzz' in beitctl.tasks. Installed: classification, contrast-and-match, masked-image"
+        "no 'zzz' in beitctl.tasks. Installed: attentive-probe, captioning, classification"
     )
 
 
