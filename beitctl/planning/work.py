@@ -262,10 +262,13 @@ def _hidden(unit: str, task: Task, of: int, name: str, said: list[str]) -> int:
 
 
 def _labels(objectives: Mapping[str, Any], said: list[str]) -> tuple[str, ...]:
-    """Stand-ins for the classes: as many as the sources have, or a usual number."""
-    sources = [table.source for table in objectives.values() if getattr(table.task, "labelled", False)]
+    """Stand-ins for the classes or answers: as many as the sources have, or a usual number."""
+    found: set[str] = set()
     try:
-        found = {label for source in sources for label in classes(source.open())}
+        for table in objectives.values():
+            own = getattr(table.task, "vocabulary", None)
+            if callable(own) or getattr(table.task, "labelled", False):
+                found |= set((own if callable(own) else classes)(table.source.open()))
     except BeitctlError:
         found = {str(number) for number in range(CLASSES)}
         said.append(f"{CLASSES:,} classes: the source is not there to be asked")

@@ -19,10 +19,12 @@ from beitctl.model.multiway import Multiway
 from beitctl.planning import estimate, text
 from beitctl.planning.memory import per_gpu
 from beitctl.planning.work import work_of
+from beitctl_plugins.sources.embedded import Embedded
 from beitctl_plugins.tasks.classification import Classification
 from beitctl_plugins.tasks.contrast import ContrastAndMatch
 from beitctl_plugins.tasks.masked import Bottleneck, MaskedImage, MaskedPair
 from beitctl_plugins.tasks.retrieval import Retrieval
+from beitctl_plugins.tasks.vqa import VQA
 
 # --- parameters ---
 
@@ -214,6 +216,14 @@ def test_finetuning_is_planned_for_the_model_of_another_table(capsys):
     found = told(capsys, "--recipe", "beit3-base", "--only", "finetune.classification")
     assert found["step"]["samples"] == 1024
     assert found["parameters"]["heads"] == 1000 * 769 + 2 * 768
+
+
+def test_answers_are_counted_as_the_task_counts_them(capsys):
+    found = told(capsys, "--recipe", "tasks", "--only", "finetune.vqa")
+    answers = len(VQA(min_answer_count=1).vocabulary(Embedded(content="questions").open()))
+    assert found["parameters"]["heads"] == (
+        2 * 128 + 128 * 129 + 128 * 256 + 256 + 2 * 256 + 256 * answers + answers
+    )
 
 
 @pytest.mark.parametrize(
