@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -101,10 +101,10 @@ class Eval(Plugin):
         """As many of the examples as are measured, evenly spread."""
         if not self.limit or len(examples) <= self.limit:
             return examples
-        from beitctl_plugins.stages.measuring import Chosen
+        from beitctl_plugins.stages.shared import Subset
 
         step = len(examples) // self.limit
-        return cast("Examples", Chosen(examples, range(0, len(examples), step)[: self.limit]))
+        return Subset(examples, range(0, len(examples), step)[: self.limit])
 
     def _tools(self, stored: "Stored", job: Job) -> Tools:
         from beitctl_plugins.stages.shared import open_text, pictures

@@ -193,8 +193,12 @@ def measured(
         if told:
             write_predictions(found, job)
             task.draw(held.outputs, held.examples, tools, job.log)
-        if held.left_out:
-            _tell_left_out(held, job)
+        if bad := len(held.left_out):
+            text = (
+                f"{bad} of {bad + len(held.examples)} examples could not be measured on, such as "
+                f"{held.left_out[0]}"
+            )
+            tell_left_out(held.left_out, "left-out-measured.txt", text, job)
         return metrics
 
     metrics: dict[str, Any] = everywhere(ranks, on_main, as_told)[0]
@@ -202,15 +206,12 @@ def measured(
     return metrics
 
 
-def _tell_left_out(held: Held, job: Job) -> None:
-    bad, all_of_them = len(held.left_out), len(held.left_out) + len(held.examples)
-    file = job.folder / "left-out-measured.txt"
-    replace_file(file, "".join(f"{line}\n" for line in held.left_out).encode("utf-8", "backslashreplace"))
-    job.log.warning(
-        "W401",
-        f"{bad} of {all_of_them} examples could not be measured on, such as {held.left_out[0]}",
-        f"all of them are in {file.name}; the metrics are of the others",
+def tell_left_out(lines: Sequence[str], file: str, text: str, job: Job) -> None:
+    """Warn of what could not be used, and list it in a file of the run folder."""
+    replace_file(
+        job.folder / file, "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
     )
+    job.log.warning("W401", text, f"all of them are in {file}; the metrics are of the others")
 
 
 def write_predictions(found: Measured, job: Job) -> None:

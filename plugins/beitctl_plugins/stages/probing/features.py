@@ -21,7 +21,6 @@ from beitctl.errors import DataError, UserError
 from beitctl.model.init import initial
 from beitctl.model.multiway import Multiway, Packed
 from beitctl.model.plan import plan_of
-from beitctl.replacing import replace_file
 from beitctl_plugins.stages import measuring
 from beitctl_plugins.tasks.preparing import view_of
 
@@ -145,10 +144,5 @@ def tell_left_out(held: Sequence[measuring.Held], job: Job, ranks: Ranks) -> Non
         if not one.left_out or not ranks.main:
             continue
         name, bad, such = one.stream.name, len(one.left_out), one.left_out[0]
-        file = job.folder / f"left-out-measured-{name}.txt"
-        replace_file(file, "".join(f"{line}\n" for line in one.left_out).encode("utf-8", "backslashreplace"))
-        job.log.warning(
-            "W401",
-            f"{name}: {bad} of {bad + len(one.examples)} pictures could not be used, such as {such}",
-            f"all of them are in {file.name}; the metrics are of the others",
-        )
+        text = f"{name}: {bad} of {bad + len(one.examples)} pictures could not be used, such as {such}"
+        measuring.tell_left_out(one.left_out, f"left-out-measured-{name}.txt", text, job)
